@@ -1,0 +1,38 @@
+# install | lint | test | demo | bench | checkpoints: the same words here and in CI. Needs Python 3.11+ with pip and a C++ compiler.
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null || echo .venv-uv/bin/uv)
+BIN := .venv/bin
+
+.PHONY: install lint test demo bench checkpoints clean
+
+install: .venv/installed
+
+.venv-uv/bin/uv:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .venv-uv uv
+
+# nvidia-mathdx and cuda-tile are placeholders on PyPI that cannot be installed; nothing we use imports them.
+.venv/installed: pyproject.toml requirements/engine.txt requirements/excludes.txt | $(filter .venv-uv/bin/uv,$(UV))
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) pip install --quiet --python $(BIN)/python --excludes requirements/excludes.txt \
+		--requirements requirements/engine.txt --group dev --editable .
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install
+	$(BIN)/pytest
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+bench: install
+	$(BIN)/python benchmarks/run.py
+
+checkpoints:
+	bash scripts/checkpoints/make.sh
+
+clean:
+	rm -rf .venv .venv-* build dist

@@ -1,0 +1,39 @@
+"""True mixed precision for unmodified SGLang: one model, each weight from the checkpoint that already holds it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, open_checkpoint
+    from .config import MixedPrecisionMap, load_map
+    from .errors import MixedPrecisionError
+    from .plan import Plan, make_plan
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "open_checkpoint": "checkpoint",
+    "MixedPrecisionMap": "config",
+    "load_map": "config",
+    "MixedPrecisionError": "errors",
+    "Plan": "plan",
+    "make_plan": "plan",
+}
+__all__ = [
+    "Checkpoint",
+    "MixedPrecisionError",
+    "MixedPrecisionMap",
+    "Plan",
+    "load_map",
+    "make_plan",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported on first use: SGLang imports this package in every process, whether used or not."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,7 @@
+"""One checkpoint folder: headers first, weights on demand."""
+
+from .checkpoint import Checkpoint, join, open_checkpoint
+from .header import Entry
+from .reading import opened, read_entry, read_into
+
+__all__ = ["Checkpoint", "Entry", "join", "open_checkpoint", "opened", "read_entry", "read_into"]

@@ -1,0 +1,151 @@
+"""What a checkpoint folder holds: config.json, the index, and which .safetensors files count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic_core import from_json
+
+from ..errors import CheckpointError, IndexFileError, MissingFileError
+
+INDEX = "model.safetensors.index.json"
+MAX_CONFIG_BYTES = 64 << 20
+MAX_INDEX_BYTES = 1 << 30
+#: Weights that a folder may hold instead, none of which is read.
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.msgpack", "*.h5")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands."""
+    if not folder.is_dir():
+        raise MissingFileError("no such checkpoint folder", file=folder, remedy="correct the path of this source")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise MissingFileError(
+            "the folder has no config.json",
+            file=file,
+            rule="a source is a Hugging Face checkpoint folder",
+            remedy="give the folder that holds config.json, or complete the download",
+        )
+    return _read_object(file, MAX_CONFIG_BYTES)
+
+
+def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantizer's config, wherever its tool puts it; empty for a checkpoint that is not quantized."""
+    for section in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(section, Mapping) and isinstance(section.get(key), Mapping):
+                return dict(section[key])
+    if (folder / "quantize_config.json").is_file():  # AutoGPTQ, before transformers knew of it
+        return {"quant_method": "gptq", **_read_object(folder / "quantize_config.json", MAX_CONFIG_BYTES)}
+    if (folder / "hf_quant_config.json").is_file():  # ModelOpt
+        quantization = _read_object(folder / "hf_quant_config.json", MAX_CONFIG_BYTES).get("quantization")
+        return {"quant_method": "modelopt", **(quantization if isinstance(quantization, Mapping) else {})}
+    return {}
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name; None where there is no index."""
+    file = folder / INDEX
+    if not file.is_file():
+        return None
+    weight_map = _read_object(file, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise IndexFileError("the index has no weight_map", file=file, rule="weight_map maps tensor to file name")
+    return weight_map
+
+
+def shard_paths(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+    """The files to open, sorted by name, each of which exists."""
+    if weight_map is None:
+        return _unindexed(folder)
+    try:
+        names = sorted(set(weight_map.values()))
+    except TypeError:
+        raise IndexFileError("the index maps a tensor to something that is no name", file=folder / INDEX) from None
+    for name in names:
+        _check_name(folder, name, weight_map)
+        if not (folder / name).is_file():
+            raise MissingFileError(
+                f"the shard {name} is missing",
+                file=folder / name,
+                tensor=_first(weight_map, name),
+                rule=f"every file that {INDEX} names is in the folder",
+                remedy="complete the download",
+            )
+    return [folder / name for name in names]
+
+
+def check_index(folder: Path, weight_map: Mapping[str, str], shards: Iterable[tuple[Path, list[str]]]) -> None:
+    """Raise IndexFileError unless the index names exactly the tensors of each file."""
+    found = 0
+    for path, names in shards:
+        found += len(names)
+        if set(map(weight_map.get, names)) - {path.name}:
+            stray = next(name for name in names if weight_map.get(name) != path.name)
+            said = weight_map.get(stray)
+            raise IndexFileError(
+                f"the index says of a tensor of this file: {'nothing' if said is None else 'it is in ' + said}",
+                file=path,
+                tensor=stray,
+                rule=f"{INDEX} names the file of every tensor",
+                remedy="the file may be another model's: download the checkpoint again",
+            )
+    if found < len(weight_map):
+        held = {name for _, names in shards for name in names}
+        absent = next(name for name in weight_map if name not in held)
+        raise IndexFileError(
+            "a tensor of the index is not in its file",
+            file=folder / weight_map[absent],
+            tensor=absent,
+            rule=f"every tensor that {INDEX} names is in the file it says",
+            remedy="the file may be another model's: download the checkpoint again",
+        )
+
+
+def _read_object(file: Path, bound: int) -> dict[str, Any]:
+    size = file.stat().st_size
+    if size > bound:
+        raise CheckpointError(f"{file.name} has {size} bytes", file=file, rule=f"at most {bound} bytes")
+    try:
+        value = from_json(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file.name} is not JSON: {error}", file=file, remedy="download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file.name} is not a JSON object", file=file, remedy="download it again")
+    return value
+
+
+def _check_name(folder: Path, name: str, weight_map: Mapping[str, str]) -> None:
+    plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name and "\0" not in name
+    if not plain or not name.endswith(".safetensors"):
+        raise IndexFileError(
+            f"the index names the file {name!r}",
+            file=folder / INDEX,
+            tensor=_first(weight_map, name),
+            rule="a shard is a .safetensors file in the checkpoint's own folder",
+            remedy="do not use this checkpoint, or write its index again",
+        )
+
+
+def _first(weight_map: Mapping[str, str], file_name: str) -> str:
+    return next(tensor for tensor, name in weight_map.items() if name == file_name)
+
+
+def _unindexed(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.safetensors"))
+    # Mistral ships the same weights a second time under names of its own.
+    paths = [path for path in paths if not path.name.startswith("consolidated")] or paths
+    if not paths:
+        others = [path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)]
+        raise MissingFileError(
+            "the folder has no .safetensors file" + (f", but {others[0]}" if others else ""),
+            file=folder,
+            rule="only safetensors is read: other formats run code or have no header to check",
+            remedy="convert the checkpoint with save_pretrained(..., safe_serialization=True)"
+            if others
+            else "complete the download",
+        )
+    return paths

@@ -1,0 +1,78 @@
+"""`sglang-mixed`: one word per task. Every import that takes time waits until its command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import MixedPrecisionError
+
+app = typer.Typer(
+    name="sglang-mixed",
+    help="Serve one model from several checkpoints: each weight from the one that a YAML map names.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def main() -> None:
+    """Serve one model from several checkpoints."""
+
+
+@app.command()
+def check(
+    map_path: Annotated[Path, typer.Argument(metavar="MAP", help="The YAML map.")],
+    model_path: Annotated[
+        str | None, typer.Option(help="The base model, as given to SGLang: a folder or a cached hub name.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks to compute the bytes of one rank for.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks, a divisor of --tp.")] = 1,
+    allow_different_base: Annotated[
+        bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Resolve a map and check everything that can be checked without an engine; no weight is loaded."""
+    with reported():
+        from .check import describe, render
+
+        report = describe(map_path, model_path, allow_different_base=allow_different_base, tp=tp, ep=ep)
+        print(json.dumps(report, indent=2)) if as_json else render(report)
+
+
+@app.command()
+def proof(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A running server, e.g. http://127.0.0.1:30000")],
+    as_json: AsJson = False,
+) -> None:
+    """Show where a running server's weights came from, and that memory holds what the files hold."""
+    with reported():
+        from rich.console import Console
+
+        from .proof import fetch_proof, print_proof
+
+        report = fetch_proof(url)
+        print(json.dumps(report, indent=2)) if as_json else print_proof(report, Console())
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """An error of ours is one message on stderr and exit status 1; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except MixedPrecisionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,79 @@
+"""The loader: exactly the planned tensors, in file order, into the model that SGLang built."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sglang.srt.model_loader.loader import DefaultModelLoader
+
+from ..errors import EngineError
+from ..plan import Plan
+from ..stream import ReadLog, stream
+from . import state
+from .arguments import Request
+from .ledger import Ledger
+from .progress import progress
+from .proof import Proof
+from .stock import StockParameters
+
+logger = logging.getLogger(__name__)
+
+
+class MixedPrecisionLoader(DefaultModelLoader):
+    """Composes one model from the plan's sources. Peak host memory above the weights: two tensors in flight."""
+
+    def __init__(self, load_config: Any) -> None:
+        extra = dict(load_config.model_loader_extra_config or {})
+        request = extra.pop("mixed_precision", None)
+        if request is None:
+            raise EngineError(
+                "weights of a mixed model cannot be updated from one checkpoint",
+                rule="every weight comes from the source its map names",
+                remedy="restart the server with the new map",
+            )
+        super().__init__(dataclasses.replace(load_config, model_loader_extra_config=extra))
+        self._request = Request(**request)
+        self._log = ReadLog()
+
+    def download_model(self, model_config: Any) -> None:
+        """All sources are local folders."""
+
+    def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
+        """Build the model, fill it from the plan, and start the proof."""
+        started = time.perf_counter()
+        plan = self._request.rebuild_plan()
+        ledger = Ledger()
+        self._stock = StockParameters(ledger)
+        state.loading = state.Loading(plan, ledger)
+        try:
+            model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
+        finally:
+            state.loading = None
+        state.proof = Proof(plan, model, self._stock, self._log, time.perf_counter() - started)
+        state.proof.start()
+        logger.info("%s", state.proof.summary())
+        return model
+
+    def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        loading = state.current_loading()
+        self._stock.watch(model)
+        for name, tensor in progress(stream(loading.plan.reads(), self._log), loading.plan):
+            before = loading.ledger.arrivals
+            self._stock.delivering = name
+            yield name, tensor
+            if loading.ledger.arrivals == before:
+                loading.ledger.unused.append(name)
+        loading.ledger.close()
+
+
+def is_mixed(load_config: Any) -> bool:
+    """Whether a load config carries our request."""
+    return "mixed_precision" in (load_config.model_loader_extra_config or {})
+
+
+__all__ = ["MixedPrecisionLoader", "Plan", "is_mixed"]

@@ -1,0 +1,83 @@
+"""MoE layers on the CPU: every expert's matrices compressed at rest, a loop over the experts that have tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+
+from ..errors import UnsupportedError
+from ..kernels.compressed import CompressedWeight
+from ..kernels.experts import Expert, moe
+from ..plan import PlannedModule
+from .intake import Intake
+from .ledger import Ledger
+
+#: One expert's modules in SGLang's order: w1 (gate), w3 (up), w2 (down).
+ExpertModules = tuple[PlannedModule, PlannedModule, PlannedModule]
+
+
+class CPUMoEMethod(FusedMoEMethodBase):
+    """SGLang's MoE method over our CPU kernels."""
+
+    def __init__(self, prefix: str, experts: list[ExpertModules], ledger: Ledger) -> None:
+        self._modules = experts
+        self.intake = Intake(prefix, ledger)
+        self._experts: list[Expert] = []
+        self._activation = "silu"
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register placeholders for every expert's tensors."""
+        if num_experts != len(self._modules) or extra_weight_attrs.get("with_bias"):
+            raise UnsupportedError(
+                f"the engine asks for {num_experts} experts, the plan holds {len(self._modules)}",
+                tensor=self.intake.prefix,
+                rule="on the CPU every rank holds all experts, without biases",
+                remedy="start with --tp-size 1 --ep-size 1",
+            )
+        for index, (gate, up, down) in enumerate(self._modules):
+            gate_up = self.intake.open([("w1", index, gate), ("w3", index, up)], "w13_")
+            downs = self.intake.open([("w2", index, down)], "w2_")
+            self._experts.append(Expert(_linear(gate_up), _linear(downs)))
+        self.intake.register(layer)
+
+    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
+        """There is no runner: `apply` computes."""
+        unsupported = [
+            name
+            for name in ("apply_router_weight_on_input", "no_combine", "gemm1_alpha", "swiglu_limit")
+            if getattr(moe_runner_config, name, None)
+        ]
+        if unsupported or moe_runner_config.activation not in ("silu", "gelu"):
+            raise UnsupportedError(
+                f"this model's experts need {', '.join(unsupported) or moe_runner_config.activation}",
+                tensor=self.intake.prefix,
+                rule="the CPU kernels compute gated SiLU or GELU experts",
+            )
+        self._activation = moe_runner_config.activation
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack for the kernels."""
+        self.intake.finish(layer)
+
+    def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> StandardCombineInput:
+        """Hidden states [tokens, hidden] and their top-k experts -> weighted sums [tokens, hidden]."""
+        weights, ids, _ = dispatch_output.topk_output
+        output = moe(dispatch_output.hidden_states, ids, weights, self._experts, self._activation)
+        return StandardCombineInput(hidden_states=output)
+
+
+def _linear(weights: list[CompressedWeight]) -> Any:
+    if len(weights) == 1:
+        return weights[0].linear
+    return lambda x: torch.cat([weight.linear(x) for weight in weights], dim=-1)

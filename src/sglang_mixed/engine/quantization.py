@@ -1,0 +1,115 @@
+"""SGLang asks, per module prefix, how a layer is quantized; the plan answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.platforms import current_platform
+
+from ..errors import CoverageError, UnsupportedError
+from ..plan import PlannedModule
+from . import state
+from .linear import CPULinearMethod
+from .moe import CPUMoEMethod
+from .names import expert_modules, fused_parts
+from .stock_methods import StockMethods
+
+NAME = "mixed_precision"
+
+
+class MixedPrecisionQuantization(QuantizationConfig):
+    """`quantization="mixed_precision"`: one method per layer, from the plan that is being loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loading = state.current_loading()
+        on_cpu = current_platform.is_out_of_tree() and current_platform.device_type == "cpu"
+        self._stock = None if on_cpu else StockMethods(self._loading.plan.checkpoints, self.packed_modules_mapping)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name in SGLang's registry."""
+        return NAME
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Activation dtypes: what each format's own kernel takes is checked where it is built."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """CUDA capability: each format's own method checks its own."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the plan is all there is."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MixedPrecisionQuantization:
+        """The base checkpoint's own quantization config is not used; the plan has read it."""
+        return cls()
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None) -> str | None:
+        """Keep our name whatever method the base checkpoint's config names."""
+        return NAME if user_quant == NAME else None
+
+    def get_scaled_act_names(self) -> list[str]:
+        """No activation is rescaled."""
+        return []
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """SGLang's method for this layer; None leaves SGLang's default."""
+        if isinstance(layer, FusedMoE):
+            return self._moe_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            return self._linear_method(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            self._require_plain(prefix)
+        return None
+
+    def update_packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
+        """Some models tell which of their layers are fused; every source's config must know."""
+        self.packed_modules_mapping.update(mapping)
+
+    def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase:
+        parts = [(shard, self._module(name)) for shard, name in fused_parts(prefix, self._loading.plan.modules)]
+        if self._stock is None:
+            return CPULinearMethod(prefix, parts, self._loading.ledger)
+        method = self._stock.method(layer, prefix, parts[0][1])
+        assert method is not None
+        return method
+
+    def _moe_method(self, layer: FusedMoE, prefix: str) -> QuantizeMethodBase | None:
+        names = [expert_modules(prefix, index, self._loading.plan.modules) for index in range(layer.num_experts)]
+        experts = [(self._module(gate), self._module(up), self._module(down)) for gate, up, down in names]
+        if self._stock is None:
+            return CPUMoEMethod(prefix, experts, self._loading.ledger)
+        return self._stock.method(layer, prefix, experts[0][0])
+
+    def _module(self, name: str) -> PlannedModule:
+        try:
+            return self._loading.plan.modules[name]
+        except KeyError:
+            raise CoverageError(
+                "the engine builds a layer that the plan does not hold",
+                tensor=name,
+                rule="config.json of the base describes the weights in its files",
+                remedy="check num_hidden_layers, num_experts and architectures in config.json",
+            ) from None
+
+    def _require_plain(self, prefix: str) -> None:
+        module = self._loading.plan.modules.get(prefix)
+        if module is not None and module.format.name != "plain":
+            raise UnsupportedError(
+                f"embeddings and lm_head run in 16 bits only, the map takes {module.format.name} from {module.source}",
+                tensor=prefix,
+                remedy=f'map "{prefix}" to a source that holds it in BF16 or FP16',
+            )

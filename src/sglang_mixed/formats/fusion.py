@@ -1,0 +1,98 @@
+"""Several weights of one format as one: stacked along their outputs, and taken apart again.
+
+Engines run q/k/v or gate/up as one matrix. Each stored tensor is stacked along its "out" axis, which is exact
+as long as every part but the last ends on a unit of that axis (a block, a packed word).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from . import get_format
+from .base import ModuleFormat, Shape, TensorSpec
+
+
+def fuse(parts: Sequence[ModuleFormat]) -> ModuleFormat | None:
+    """The format of the parts stacked along `out`, or None where they cannot be one weight of that format."""
+    first, rows = parts[0], sum(part.shape[0] for part in parts)
+    if len(parts) == 1:
+        return first
+    if any(len(part.shape) != 2 or part.shape[1] != first.shape[1] for part in parts):
+        return None
+    if len({(part.name, _shapeless(part.parameters)) for part in parts}) > 1:
+        return None
+    if not all(_stackable(part, last=part is parts[-1]) for part in parts):
+        return None
+    return ModuleFormat(first.name, _stacked_parameters(parts), (rows, first.shape[1]))
+
+
+def stack(tensors: Sequence[Mapping[str, torch.Tensor]], parts: Sequence[ModuleFormat]) -> dict[str, torch.Tensor]:
+    """The fused weight's tensors, from each part's. A tensor that does not follow `out` is the first part's."""
+    if len(parts) == 1:
+        return dict(tensors[0])
+    stacked = {}
+    for local, spec in _specs(parts[0]).items():
+        if local not in tensors[0]:
+            continue
+        axis = _out_axis(spec)
+        stacked[local] = tensors[0][local] if axis is None else torch.cat([part[local] for part in tensors], axis)
+    return stacked
+
+
+def unstack(tensors: Mapping[str, torch.Tensor], parts: Sequence[ModuleFormat]) -> list[dict[str, torch.Tensor]]:
+    """The inverse of `stack`: each part's tensors, as views where the layout allows."""
+    if len(parts) == 1:
+        return [dict(tensors)]
+    result, begin = [], 0
+    for part in parts:
+        specs, views = _specs(part), {}
+        for local, tensor in tensors.items():
+            axis = _out_axis(specs[local])
+            if axis is None:
+                views[local] = tensor
+                continue
+            unit = specs[local].axes[axis]
+            views[local] = tensor.narrow(axis, unit.length(begin), unit.length(part.shape[0]))
+        result.append(views)
+        begin += part.shape[0]
+    return result
+
+
+def _specs(part: ModuleFormat) -> dict[str, TensorSpec]:
+    return get_format(part.name).tensors(part.parameters, part.shape)
+
+
+def _out_axis(spec: TensorSpec) -> int | None:
+    return next((dim for dim, axis in enumerate(spec.axes) if axis.role == "out"), None)
+
+
+def _shapeless(parameters: Any) -> tuple[object, ...]:
+    return tuple(getattr(parameters, f.name) for f in fields(parameters) if not f.name.endswith("_shape"))
+
+
+def _stackable(part: ModuleFormat, last: bool) -> bool:
+    for local, spec in _specs(part).items():
+        axis = _out_axis(spec)
+        if axis is None:
+            # Only GPTQ's g_idx without act-order is fixed by the parameters, hence the same in every part.
+            if local != "g_idx" or part.parameters.act_order:
+                return False
+        elif not last and part.shape[0] % spec.axes[axis].values:
+            return False
+    return True
+
+
+def _stacked_parameters(parts: Sequence[ModuleFormat]) -> Any:
+    parameters = parts[0].parameters
+    if not hasattr(parameters, "scale_shape"):
+        return parameters
+    name = parameters.scale_name
+    axis = _out_axis(_specs(parts[0])[name])
+    assert axis is not None
+    shapes: list[Shape] = [part.parameters.scale_shape for part in parts]
+    rows = sum(shape[axis] for shape in shapes)
+    return replace(parameters, scale_shape=(*shapes[0][:axis], rows, *shapes[0][axis + 1 :]))

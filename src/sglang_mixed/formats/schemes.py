@@ -1,0 +1,84 @@
+"""What a `quantization_config` claims of 8-bit weights.
+
+Read: `fp8` (DeepSeek, Qwen, AutoRound; GPTQModel adds weight_scale_semantics), `compressed-tensors` (config_groups),
+`modelopt` (quant_algo), `auto-round` (bits, data_type), `w8a8_fp8` and `w8a8_int8` (SGLang).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One claim; None means that the config does not say."""
+
+    kind: str  # "float8", "int8"; others ("int4") only ever contradict
+    granularity: str | None = None  # "tensor" | "channel" | "block" | any other strategy
+    block: tuple[int, int] | None = None
+    activations: str | None = None  # "dynamic" | "static" | "none" (weight only)
+    inverse: bool = False
+
+
+def schemes(config: Mapping[str, Any]) -> tuple[Scheme, ...] | None:
+    """Every claim of one module's config; None where it says nothing we know."""
+    read = _READERS.get(str(config.get("quant_method", "")).lower())
+    return read(config) if read else None
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    whole = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value)
+    return (value[0], value[1]) if whole else None
+
+
+def _fp8(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    block = _pair(config.get("weight_block_size"))
+    named = {"row": "channel", "tensor": "tensor"}.get(str(config.get("weight_scale_method")))
+    semantics = config.get("weight_scale_semantics")
+    # Only GPTQModel writes the semantics, and its FP8 is weight only.
+    activations = config.get("activation_scheme", "none" if semantics else "dynamic")
+    return (Scheme("float8", "block" if block else named, block, activations, semantics == "inverse"),)
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    return tuple(_group(group) for group in (config.get("config_groups") or {}).values() if group.get("weights"))
+
+
+def _group(group: Mapping[str, Any]) -> Scheme:
+    weights, inputs = group["weights"], group.get("input_activations")
+    kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
+    granularity, block = weights.get("strategy"), _pair(weights.get("block_structure"))
+    if kind == "float8" and granularity == "group":
+        granularity, block = "block", _pair([1, weights.get("group_size") or 0])
+    dynamic = bool(inputs and inputs.get("dynamic"))
+    return Scheme(kind, granularity, block, "none" if not inputs else "dynamic" if dynamic else "static")
+
+
+def _modelopt(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    algorithm = str(config.get("quant_algo", "")).upper()
+    return (Scheme("float8"),) if algorithm.startswith("FP8") else (Scheme(algorithm.lower() or "unnamed"),)
+
+
+def _auto_round(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    floating = "fp" in str(config.get("data_type", "int"))
+    group = config.get("group_size")
+    block = _pair(config.get("weight_block_size")) or _pair(group)
+    granularity = "block" if block else {-1: "channel", 0: "tensor"}.get(group if isinstance(group, int) else 1)
+    quantized = int(config.get("act_bits") or 16) <= 8
+    activations = "none" if not quantized else "dynamic" if config.get("act_dynamic", True) else "static"
+    return (Scheme(f"{'float' if floating else 'int'}{config.get('bits', 8)}", granularity, block, activations),)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Scheme, ...]]] = {
+    "fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+    "modelopt_fp8": _modelopt,
+    "auto-round": _auto_round,
+    "w8a8_fp8": lambda config: (Scheme("float8", activations="dynamic"),),
+    "w8a8_int8": lambda config: (Scheme("int8", activations="dynamic"),),
+    "gptq": lambda config: (Scheme(f"int{config.get('bits', 4)} GPTQ"),),
+    "awq": lambda config: (Scheme(f"int{config.get('bits', 4)} AWQ"),),
+}

@@ -1,0 +1,166 @@
+"""GPTQ 4-bit weights on torch's int4pack kernel, which computes W = (q - 8)·scale + zero in groups along `in`.
+
+At rest: the nibbles in the order that torch's kernel wants on this CPU, scales in the file's dtype, zero points still
+packed, and for act-order the permutation that sorts g_idx. What a call needs besides is derived in the call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import InconsistentFormatError, UnsupportedError
+from ..formats import ModuleFormat
+from ..formats.base import TORCH_DTYPES
+from ..formats.gptq import GPTQParameters, unpack
+from .base import Layout, Tensors, aligned, owned
+from .nibbles import TILE, columns_of_halves, decode_rows, layout_is_known, pack_rows, signed_halves, tiles
+from .panels import PANEL_BYTES, compute_dtype, spans
+
+GROUPS = frozenset((32, 64, 128, 256))
+#: From here on decoding to panels beats torch's kernel, which decodes W again for every four rows of x.
+MANY_ROWS = 32
+
+
+class Int4:
+    """GPTQ 4 bits: v1 and v2, symmetric or not, with or without act-order."""
+
+    name = "int4"
+
+    def takes(self, format: ModuleFormat) -> bool:
+        """4 bits, whole groups of 32, 64, 128 or 256 columns, rows a multiple of 16."""
+        p, (rows, columns) = format.parameters, (*format.shape, 0, 0)[:2]
+        return format.name == "gptq" and p.bits == 4 and p.group_size in GROUPS and not (columns % p.group_size or rows % 16)
+
+    def layout(self, format: ModuleFormat) -> Layout:
+        """Nibbles [out, in/2], scales [groups, out], then packed zeros and permutation where the format has them."""
+        p, (rows, columns) = format.parameters, format.shape
+        groups = columns // p.group_size
+        layout: Layout = {
+            "nibbles": (torch.uint8, (rows, columns // 2)),
+            "scales": (TORCH_DTYPES[p.scale_dtype], (groups, rows)),
+        }
+        if not p.symmetric:
+            layout["qzeros"] = (torch.int32, (groups, rows // 8))
+        if p.act_order:
+            layout["permutation"] = (torch.int32, (columns,))
+        return layout
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
+        """Reorder the nibbles; constant zeros and consecutive g_idx are checked, then left out."""
+        p: GPTQParameters = format.parameters
+        order = _sorting(tensors.get("g_idx"), p, format.shape[1])
+        resident = {"nibbles": pack_rows(tensors["qweight"], order), "scales": owned(tensors["scales"])}
+        if not p.symmetric:
+            resident["qzeros"] = owned(tensors["qzeros"])
+        elif bool((tensors["qzeros"] != _constant_zeros(p)).any()):
+            raise InconsistentFormatError(
+                "config.json says symmetric, and the zero points differ",
+                tensor="qzeros",
+                rule=f"symmetric 4 bits store {8 - p.zero_offset} everywhere",
+                remedy='set "sym": false in quantization_config',
+            )
+        if order is not None:
+            resident["permutation"] = order.to(torch.int32)
+        return resident
+
+    def unpack(self, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
+        """Nibbles back to int32 words along `in`; what was left out is rebuilt from the parameters."""
+        p, (rows, columns) = format.parameters, format.shape
+        order, groups = resident.get("permutation"), torch.arange(columns, dtype=torch.int32) // p.group_size
+        place = None if order is None else torch.empty_like(order).scatter_(0, order.long(), torch.arange(columns, dtype=torch.int32))
+        qweight = torch.empty(columns // 8, rows, dtype=torch.int32)
+        for low, high in tiles(rows):
+            codes = decode_rows(resident["nibbles"], low, high)  # [in, rows of the tile]
+            codes = codes if place is None else codes[place]
+            qweight[:, low:high] = _to_words(codes)
+        shape = len(resident["scales"]), rows // 8
+        zeros = torch.full(shape, _constant_zeros(p), dtype=torch.int32) if p.symmetric else resident["qzeros"]
+        tensors = {"qweight": qweight, "qzeros": zeros, "scales": resident["scales"]}
+        if p.has_g_idx:
+            tensors["g_idx"] = groups if place is None else groups[place]
+        return tensors
+
+    def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
+        """Few bf16 rows: torch's kernel; more rows or another dtype: panels."""
+        if "permutation" in resident:
+            x = x[:, resident["permutation"]]
+        if x.dtype != torch.bfloat16 and x.shape[0] or (x.shape[0] >= MANY_ROWS and layout_is_known()):
+            return _by_panels(x, resident, format.parameters)
+        return _by_op(x, resident, format.parameters)
+
+
+def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQParameters) -> torch.Tensor:
+    """[rows, in] bf16 through torch's kernel; what bf16 zeros lose is added in float32."""
+    scales, nibbles, x = resident["scales"], resident["nibbles"], aligned(x)
+    both = torch.empty(*scales.shape, 2, dtype=torch.bfloat16)
+    if "qzeros" not in resident:
+        both.view(torch.int32).copy_(_bf16_bits(scales))
+        return torch._weight_int4pack_mm_for_cpu(x, nibbles, p.group_size, both)
+    zeros = _zero_points(resident["qzeros"], p).sub_(8).neg_() * scales.float()
+    both[..., 0], both[..., 1] = scales, zeros
+    y = torch._weight_int4pack_mm_for_cpu(x, nibbles, p.group_size, both)
+    sums = x.float().view(len(x), -1, p.group_size).sum(-1)
+    return y.float().addmm_(sums, zeros - both[..., 1].float()).to(x.dtype)
+
+
+def _by_panels(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQParameters) -> torch.Tensor:
+    """[rows, in] times panels of W ᵀ [in, some out], decoded a tile of torch's layout at a time."""
+    columns, rows, groups, dtype = x.shape[1], resident["scales"].shape[1], len(resident["scales"]), compute_dtype(x)
+    width = max(1, PANEL_BYTES // (dtype.itemsize * columns * TILE)) * TILE
+    # The decoded integers are 16·(q - 8), see nibbles.signed_halves.
+    scales = resident["scales"].to(dtype).div_(16).view(groups, 1, rows)
+    zeros = None if p.symmetric else _zero_points(resident["qzeros"], p).sub_(8).mul_(16).to(dtype).view(groups, 1, rows)
+    panel, y, x_cast = torch.empty(columns, min(width, rows), dtype=dtype), x.new_empty(len(x), rows), x.to(dtype)
+    for start, stop in spans(0, rows, width):
+        for low, high in tiles(rows, start, stop):
+            for half, own in zip(signed_halves(resident["nibbles"], low, high), columns_of_halves(high - low), strict=True):
+                codes = half.to(dtype).view(groups, p.group_size, -1)
+                if zeros is not None:
+                    codes.sub_(zeros[:, :, low:high][:, :, own])
+                target = panel[:, low - start : high - start][:, own].view(groups, p.group_size, -1)
+                torch.mul(codes, scales[:, :, low:high][:, :, own], out=target)
+        y[:, start:stop] = x_cast @ panel[:, : stop - start]
+    return y
+
+
+def _bf16_bits(scales: torch.Tensor) -> torch.Tensor:
+    """int32 whose low half is the scale rounded to bf16 and whose high half, the zero in memory, is 0."""
+    if scales.dtype == torch.bfloat16:
+        return scales.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    bits = scales.to(torch.float32).view(torch.int32)
+    bits = bits + 0x8000 if bits.data_ptr() == scales.data_ptr() else bits.add_(0x8000)
+    return bits.__irshift__(16).bitwise_and_(0xFFFF)
+
+
+def _zero_points(qzeros: torch.Tensor, p: GPTQParameters) -> torch.Tensor:
+    """float32 [groups, out]; 16 is a possible one, it does not wrap."""
+    return unpack(qzeros.t(), 4).t().to(torch.float32, memory_format=torch.contiguous_format).add_(p.zero_offset)
+
+
+def _constant_zeros(p: GPTQParameters) -> int:
+    """The int32 word of eight symmetric zero points."""
+    word = (8 - p.zero_offset) * 0x11111111
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _sorting(g_idx: torch.Tensor | None, p: GPTQParameters, columns: int) -> torch.Tensor | None:
+    """int64 [in] that sorts act-order's g_idx into whole consecutive groups; None where it is consecutive."""
+    if g_idx is None:
+        return None
+    order = torch.argsort(g_idx, stable=True) if p.act_order else torch.arange(columns)
+    if torch.equal(g_idx[order], torch.arange(columns, dtype=g_idx.dtype) // p.group_size):
+        return order if p.act_order else None
+    problem = "g_idx does not give every group the same number of columns"
+    if p.act_order:
+        raise UnsupportedError(problem, tensor="g_idx", rule=f"{p.group_size} columns of each group")
+    remedy = 'set "desc_act": true in quantization_config if the quantizer used act-order'
+    raise InconsistentFormatError("g_idx is not consecutive", tensor="g_idx", rule="no desc_act", remedy=remedy)
+
+
+def _to_words(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [in, n] of 0..15 -> int32 [in/8, n], lowest nibble first."""
+    octets = codes[0::2] | (codes[1::2] << 4)  # [in/2, n], four to a word
+    return octets.view(-1, 4, octets.shape[1]).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)

@@ -1,0 +1,53 @@
+"""INT8 weights with 16-bit activations, in the file's own layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+
+from ..formats import ModuleFormat
+from .base import FileLayout, aligned, is_aligned
+
+#: Up to so many rows torch's weight-only kernel, which reads W once per row or two, beats two integer products.
+FEW_ROWS = 2
+#: |int8 · int8| <= 2¹⁴, so an int32 sum holds so many.
+MAX_COLUMNS = 1 << 17
+
+
+class Int8(FileLayout):
+    """W8A16 without rounding x to 8 bits: x is split in two int8 halves, each multiplied exactly in integers."""
+
+    name = "int8"
+
+    def takes(self, format: ModuleFormat) -> bool:
+        """int8 weights, where the machine's integer products are exact."""
+        return format.name == "int8" and format.shape[1] < MAX_COLUMNS and _integers_are_exact()
+
+    def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
+        """Few rows: weight-only kernel; more: integer products."""
+        weight, scale = resident["weight"], resident[format.parameters.scale_name].reshape(-1)
+        # The weight-only kernel reads 16 columns at once, aligned; anything else is a crash, not an error.
+        if 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0 and is_aligned(weight):
+            return torch._weight_int8pack_mm(aligned(x), weight, scale.to(x.dtype).expand(len(weight)).contiguous())
+        return _two_halves(x, weight, scale)
+
+
+def _two_halves(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x ≈ (256·high + low)·step with 16 bits per row: the error is below K / 2³³ of the output's energy."""
+    x32 = x.float()
+    step = x32.abs().amax(1, keepdim=True).div_(32512).clamp_min_(torch.finfo(torch.float32).tiny)
+    whole = x32.div_(step).round_()
+    high = whole.add(128).div_(256).floor_()
+    halves = torch.cat([high, whole.sub_(high, alpha=256)]).to(torch.int8)
+    product = torch._int_mm(halves, weight.t()).float()
+    y = product[: len(x)].mul_(256).add_(product[len(x) :])
+    return y.mul_(step).mul_(scale.float()).to(x.dtype)
+
+
+@functools.cache
+def _integers_are_exact() -> bool:
+    """Old instruction sets saturate sums of two int8 products at 16 bits."""
+    a = torch.full((2, 64), -128, dtype=torch.int8)
+    return bool((torch._int_mm(a, a.t()) == 64 << 14).all())

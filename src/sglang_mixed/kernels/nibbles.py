@@ -1,0 +1,89 @@
+"""The order in which torch's int4pack kernel keeps its nibbles on this CPU, read and written.
+
+On x86 with AVX-512 rows come in tiles of 64. A tile is [in, 32] bytes; byte j holds row j in its low nibble and row
+32 + j in its high one. A last narrower tile pairs neighbouring rows instead. The layout is torch's own business and may
+change: `layout_is_known` proves it on this machine, and where it doesn't hold the kernel itself is asked for its codes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from ..formats.gptq import unpack
+from .panels import spans
+
+TILE = 64
+#: Rows converted at once: torch wants them as int32, eight times the packed size.
+ROWS_AT_ONCE = 8 * TILE
+
+
+def pack_rows(qweight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """GPTQ words int32 [in/8, out], columns put in `order` -> nibbles uint8 [out, in/2] in torch's layout."""
+    columns, rows = qweight.shape[0] * 8, qweight.shape[1]
+    nibbles = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    for low, high in spans(0, rows, ROWS_AT_ONCE):
+        codes = unpack(qweight[:, low:high], 4)
+        codes = codes if order is None else codes[order]
+        nibbles[low:high] = torch._convert_weight_to_int4pack_for_cpu(codes.t().to(torch.int32).contiguous(), 1)
+    return nibbles
+
+
+def tiles(rows: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """(low, high) rows of the tiles in [start, stop), which begins and ends with tiles."""
+    return spans(start, rows if stop is None else stop, TILE)
+
+
+def columns_of_halves(rows: int) -> tuple[slice, slice]:
+    """Which rows of a tile its low and its high nibbles are."""
+    return (slice(0, TILE // 2), slice(TILE // 2, TILE)) if rows == TILE else (slice(0, rows, 2), slice(1, rows, 2))
+
+
+def signed_halves(nibbles: torch.Tensor, low: int, high: int) -> Iterator[torch.Tensor]:
+    """16·(q - 8) as int8 [in, rows/2], of the low and then the high nibbles of one tile.
+
+    Flipping the top bit of a nibble makes q - 8 of q in two's complement; left in the upper half of a byte it is
+    16 times that, which spares the shift back.
+    """
+    flipped = nibbles[low:high].view(torch.int8).view(-1, (high - low) // 2).bitwise_xor(-0x78)
+    yield flipped << 4
+    yield flipped.bitwise_and_(-0x10)
+
+
+def decode_rows(nibbles: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """The codes of one tile, uint8 [in, rows], 0..15."""
+    if not layout_is_known():
+        return _ask_kernel(nibbles[low:high])
+    tile = nibbles[low:high].view(-1, (high - low) // 2)
+    codes = torch.empty(len(tile), high - low, dtype=torch.uint8)
+    first, second = columns_of_halves(high - low)
+    codes[:, first], codes[:, second] = tile & 15, tile >> 4
+    return codes
+
+
+def _ask_kernel(nibbles: torch.Tensor) -> torch.Tensor:
+    """The codes as the kernel's own products with one-hot rows: with scale 1 and zero 8 they are exact."""
+    rows, columns = nibbles.shape[0], nibbles.shape[1] * 2
+    group = next(size for size in (256, 128, 64, 32) if columns % size == 0)
+    unit = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(columns // group, rows, 2).contiguous()
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
+    for start, stop in spans(0, columns, 256):
+        hot = torch.zeros(stop - start, columns, dtype=torch.bfloat16)
+        hot[:, start:stop].fill_diagonal_(1)
+        codes[start:stop] = torch._weight_int4pack_mm_for_cpu(hot, nibbles, group, unit).to(torch.uint8)
+    return codes
+
+
+@functools.cache
+def layout_is_known() -> bool:
+    """Whether torch packs a whole and a narrow tile as described above."""
+    codes = torch.arange(32 * 112).mul_(7).bitwise_right_shift_(1).bitwise_and_(15).view(112, 32).to(torch.int32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for low, high in tiles(112):
+        tile, (first, second) = packed[low:high].view(32, -1), columns_of_halves(high - low)
+        expected = codes[low:high].t()
+        if not (torch.equal(tile & 15, expected[:, first]) and torch.equal(tile >> 4, expected[:, second])):
+            return False
+    return True

@@ -1,0 +1,61 @@
+"""What the weights occupy, by format and by kind of module, against what 16 bits would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleBytes:
+    """One module's share: its format's label, its kind (attention, experts, ...), its bytes, and those of 16 bits."""
+
+    format: str
+    kind: str
+    nbytes: int
+    bf16_bytes: int
+
+
+def memory_stats(modules: Iterable[ModuleBytes]) -> dict[str, Any]:
+    """Totals in bytes (`memory_saved_mb` in MiB); `compression_ratio` is 16-bit bytes over actual bytes."""
+    by_format: dict[str, dict[str, int]] = {}
+    by_kind: dict[str, dict[str, int]] = {}
+    total = {"modules": 0, "bytes": 0, "bf16_bytes": 0}
+    for module in modules:
+        for totals in (
+            by_format.setdefault(module.format, {"modules": 0, "bytes": 0, "bf16_bytes": 0}),
+            by_kind.setdefault(module.kind, {"modules": 0, "bytes": 0, "bf16_bytes": 0}),
+            total,
+        ):
+            totals["modules"] += 1
+            totals["bytes"] += module.nbytes
+            totals["bf16_bytes"] += module.bf16_bytes
+    return {
+        "weight_bytes": total["bytes"],
+        "bf16_bytes": total["bf16_bytes"],
+        "memory_saved_mb": (total["bf16_bytes"] - total["bytes"]) / 2**20,
+        "compression_ratio": total["bf16_bytes"] / total["bytes"] if total["bytes"] else 1.0,
+        "by_format": by_format,
+        "by_module_kind": by_kind,
+    }
+
+
+#: Where a name part says what kind of module it belongs to; the first that is found counts.
+_KINDS = {
+    "experts": ("experts",),
+    "router": ("gate", "router"),
+    "norm": ("norm", "layernorm"),
+    "attention": ("self_attn", "attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "shared_expert", "shared_experts"),
+    "embedding": ("embed_tokens", "wte"),
+    "lm_head": ("lm_head",),
+}
+
+
+def module_kind(name: str) -> str:
+    """experts, router, norm, attention, mlp, embedding, lm_head or other, from a module's name."""
+    parts = name.split(".")
+    if parts[-1].endswith("norm"):
+        return "norm"
+    return next((kind for kind, marks in _KINDS.items() if any(mark in parts for mark in marks)), "other")

@@ -1,0 +1,6 @@
+"""From a map and its sources to a Plan: what comes from where, checked before a weight byte is read."""
+
+from .make import make_plan
+from .plan import Plan, PlannedModule, Row
+
+__all__ = ["Plan", "PlannedModule", "Row", "make_plan"]

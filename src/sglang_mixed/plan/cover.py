@@ -1,0 +1,117 @@
+"""Every module of the base, found in the source that the map chose: there, readable, and of the base's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+from ..checkpoint import Checkpoint
+from ..errors import CoverageError, FormatError, ShapeError
+from ..formats import ModuleFormat, TensorInfo
+from .fold import fold
+from .plan import PlannedModule
+from .resolve import Assignment
+
+
+def cover(
+    reference: str, checkpoints: Mapping[str, Checkpoint], assignment: Assignment
+) -> tuple[dict[str, PlannedModule], list[str]]:
+    """The planned modules in the base's order, and warnings. Raises CoverageError, ShapeError, FormatError."""
+    base = checkpoints[reference]
+    planned: dict[str, PlannedModule] = {}
+    missing: list[str] = []
+    needless: list[str] = []
+    for module, rule in assignment.rules.items():
+        source = assignment.default if rule is None else rule.source
+        checkpoint = checkpoints[source]
+        tensors, expected = checkpoint.modules.get(module), base.modules[module]
+        if tensors is None:
+            missing.append(module)
+            continue
+        base_format = _format(base, module)
+        if checkpoint is base:
+            found = base_format
+        else:
+            if "bias" in tensors and "bias" not in expected:
+                needless.append(module)
+                tensors = {local: info for local, info in tensors.items() if local != "bias"}
+            found = _format(checkpoint, module, tensors)
+            if found.shape != base_format.shape:
+                _refuse_shape(module, found, base_format, checkpoint, source, reference)
+            if len(expected) > 1:
+                _check_parts(module, expected, base_format, tensors, checkpoint, assignment)
+        bias = tensors.get("bias") if len(tensors) > 1 else None
+        planned[module] = PlannedModule(module, source, found, tuple(tensors), bias.dtype if bias else None)
+    if missing:
+        _refuse_missing(missing, checkpoints, assignment)
+    return planned, _warn_needless(needless)
+
+
+def _format(checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo] | None = None) -> ModuleFormat:
+    try:
+        return checkpoint.format(module, tensors)
+    except FormatError as error:
+        if error.file is not None:
+            raise
+        raise type(error)(
+            error.what,
+            file=checkpoint.file_of(module),
+            tensor=error.tensor or module,
+            rule=error.rule,
+            remedy=error.remedy,
+        ) from error
+
+
+def _check_parts(
+    module: str,
+    expected: Iterable[str],
+    base_format: ModuleFormat,
+    tensors: Mapping[str, TensorInfo],
+    checkpoint: Checkpoint,
+    assignment: Assignment,
+) -> None:
+    """A bias, or another tensor beside a plain weight, must come with the module."""
+    parts = [name for name in expected if name == "bias" or (base_format.name == "plain" and name != "weight")]
+    lacking = [name for name in parts if name not in tensors]
+    if lacking:
+        raise CoverageError(
+            f"the chosen source holds this module without its {', '.join(lacking)}",
+            file=checkpoint.path,
+            tensor=f"{module}.{lacking[0]}",
+            rule="all tensors of one module come from one source",
+            remedy=f"map the module to another source (it was {assignment.reason(module)})",
+        )
+
+
+def _refuse_shape(
+    module: str, found: ModuleFormat, expected: ModuleFormat, checkpoint: Checkpoint, source: str, reference: str
+) -> NoReturn:
+    raise ShapeError(
+        f"{source} holds a weight of {list(found.shape)}, the base {reference} one of {list(expected.shape)}",
+        file=checkpoint.file_of(module),
+        tensor=module,
+        rule="every source has the base model's shapes",
+        remedy=f"check that {source} was made from the same model as {reference}",
+    )
+
+
+def _refuse_missing(missing: list[str], checkpoints: Mapping[str, Checkpoint], assignment: Assignment) -> NoReturn:
+    first = missing[0]
+    source = assignment.source(first)
+    others = [name for name, checkpoint in checkpoints.items() if first in checkpoint.modules]
+    same = fold(name for name in missing if assignment.source(name) == source)
+    lines = "".join(f'\n    "{pattern}": {others[0]}' for pattern in same[:8]) if others else ""
+    raise CoverageError(
+        f"the source {source} does not hold {len(missing)} of the modules it should give",
+        file=checkpoints[source].path,
+        tensor=first,
+        rule=f"the chosen source holds the module (chosen by {assignment.reason(first)})",
+        remedy=f"add to weight_mapping:{lines}" if lines else f"complete the checkpoint {source}",
+    )
+
+
+def _warn_needless(modules: list[str]) -> list[str]:
+    if not modules:
+        return []
+    patterns = ", ".join(fold(modules)[:4])
+    return [f"{len(modules)} modules have a bias that the base model does not: it is not loaded ({patterns})"]

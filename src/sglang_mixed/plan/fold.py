@@ -1,0 +1,62 @@
+"""Many weight names as few patterns: `model.layers.{0..3}.mlp.experts.*.up_proj`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+Indices = tuple[int, ...]
+
+
+def split_name(name: str) -> tuple[str, Indices]:
+    """A name's template, its numbers replaced by `*`, and the numbers."""
+    parts = name.split(".")
+    return ".".join(["*" if part.isdecimal() else part for part in parts]), tuple(
+        [int(part) for part in parts if part.isdecimal()]
+    )
+
+
+def by_template(names: Iterable[str]) -> dict[str, list[Indices]]:
+    """Names by their template."""
+    found: dict[str, list[Indices]] = {}
+    for name in names:
+        template, indices = split_name(name)
+        found.setdefault(template, []).append(indices)
+    return found
+
+
+def fold(names: Iterable[str], within: Mapping[str, list[Indices]] | None = None) -> list[str]:
+    """Patterns that match exactly these names; a number is `*` where every one that `within` knows is meant."""
+    patterns = []
+    for template, indices in by_template(names).items():
+        known = [set(column) for column in zip(*within[template], strict=True)] if within else []
+        for box in _boxes(set(indices)):
+            texts = [
+                "*" if known and len(values) > 1 and values == known[place] else _ranges(sorted(values))
+                for place, values in enumerate(box)
+            ]
+            pieces = template.split("*")
+            patterns.append("".join(piece + text for piece, text in zip(pieces, [*texts, ""], strict=True)))
+    return patterns
+
+
+def _boxes(indices: set[Indices]) -> list[tuple[frozenset[int], ...]]:
+    """Disjoint products of sets that together are `indices`."""
+    if () in indices:
+        return [()]
+    lasts: dict[Indices, set[int]] = {}
+    for index in sorted(indices):
+        lasts.setdefault(index[:-1], set()).add(index[-1])
+    prefixes: dict[frozenset[int], set[Indices]] = {}
+    for prefix, last in lasts.items():
+        prefixes.setdefault(frozenset(last), set()).add(prefix)
+    return [(*box, last) for last, group in prefixes.items() for box in _boxes(group)]
+
+
+def _ranges(values: list[int]) -> str:
+    """`7`, `{0..3}`, `{0..3,7}`."""
+    runs = []
+    for _, group in groupby(enumerate(values), key=lambda pair: pair[1] - pair[0]):
+        run = [value for _, value in group]
+        runs.append(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]))
+    return runs[0] if len(values) == 1 else "{" + ",".join(runs) + "}"

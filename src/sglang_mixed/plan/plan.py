@@ -1,0 +1,190 @@
+"""The Plan: module -> source, format and tensors. A frozen value with a JSON form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoint import Checkpoint, Entry, join, open_checkpoint
+from ..config import MixedPrecisionMap
+from ..errors import DifferentBaseError, TensorMissingError
+from ..formats import ModuleFormat, TensorInfo, from_json, get_format, to_json
+from . import size
+from .families import model_order
+from .fold import by_template, fold, split_name
+
+_VERSION = 1
+
+
+class PlannedModule(NamedTuple):
+    """One module: its name, its source, how it is stored there, and the local names to read (`bias` included).
+
+    `bias`: the dtype of the bias, None without one (or where the bias is part of a plain module's format).
+    """
+
+    name: str
+    source: str
+    format: ModuleFormat
+    tensors: tuple[str, ...]
+    bias: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Modules that are alike, for a table: bytes are those in memory, and those that 16 bits would take."""
+
+    modules: str
+    source: str
+    format: str
+    count: int
+    nbytes: int
+    bf16_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every rank needs to know. `base` is the source whose names and shapes are the model's.
+
+    `fingerprint` is SHA-256 over the map's choices and every used source's config and headers.
+    """
+
+    map: MixedPrecisionMap
+    base: str
+    sources: dict[str, Path]
+    modules: dict[str, PlannedModule]
+    warnings: tuple[str, ...]
+    fingerprint: str
+    _opened: dict[str, Checkpoint] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def checkpoints(self) -> Mapping[str, Checkpoint]:
+        """Every used source, opened; a plan that came as JSON opens them now and must find the same headers."""
+        if not self._opened:
+            opened = {name: open_checkpoint(path) for name, path in self.sources.items()}
+            if fingerprint(self.map, self.base, opened) != self.fingerprint:
+                raise DifferentBaseError(
+                    "the sources have changed since the plan was made",
+                    rule="a plan holds for the very headers it was made from",
+                    remedy="make the plan again",
+                )
+            self._opened.update(opened)
+        return self._opened
+
+    def source_of(self, tensor: str) -> str:
+        """The source of a full tensor name."""
+        module = self.modules.get(tensor.rpartition(".")[0])
+        if module is None:
+            raise TensorMissingError("the plan does not hold this tensor", tensor=tensor)
+        return module.source
+
+    def reads(self) -> Iterator[tuple[str, Path, list[tuple[str, Entry]]]]:
+        """(source, file, [(tensor name, entry), ...] in the order of the file) of exactly the planned tensors."""
+        wanted: dict[str, set[str]] = {name: set() for name in self.sources}
+        for module in self.modules.values():
+            wanted[module.source].update([join(module.name, local) for local in module.tensors])
+        for source, checkpoint in self.checkpoints.items():
+            for file, shard in enumerate(checkpoint.shards):
+                places = [place for place, name in enumerate(shard.names) if name in wanted[source]]
+                if places:
+                    yield source, shard.path, [(shard.names[place], shard.entry(file, place)) for place in places]
+
+    def module_bytes(self, module: PlannedModule) -> int:
+        """Bytes in memory of one module on one rank that holds all of it."""
+        return size.resident(module.format) + bias_bytes(module)
+
+    def module_bf16_bytes(self, module: PlannedModule) -> int:
+        """Bytes that 16 bits would take."""
+        return size.in_16_bits(module.format) + (2 * module.format.shape[0] if module.bias else 0)
+
+    def weight_bytes(self, tp: int = 1, ep: int = 1) -> int:
+        """Bytes in memory of the fullest rank. Raises ParallelismError where a format cannot be cut that way."""
+        if tp == ep == 1:
+            return sum(map(self.module_bytes, self.modules.values()))
+        cut = size.Cut(tp, ep, self.checkpoints[self.base].config)
+        return cut.largest_rank((one.name, one.format, one.bias) for one in self.modules.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes to read from disk."""
+        return sum(size.stored(module.format) + bias_bytes(module) for module in self.modules.values())
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes that the whole model would take in 16 bits."""
+        return sum(map(self.module_bf16_bytes, self.modules.values()))
+
+    def rows(self) -> list[Row]:
+        """The plan by groups of modules that differ only in their numbers or last names, in a model's order."""
+        groups: dict[tuple[str, str, str], list[PlannedModule]] = {}
+        for module in self.modules.values():
+            label = get_format(module.format.name).label(module.format.parameters)
+            groups.setdefault((split_name(module.name)[0], module.source, label), []).append(module)
+        known = by_template(self.modules)
+        siblings: dict[tuple[str, str, str], dict[str, list[PlannedModule]]] = {}
+        for (_, source, label), group in groups.items():
+            parent, _, last = ", ".join(fold((module.name for module in group), known)).rpartition(".")
+            siblings.setdefault((parent, source, label), {})[last] = group
+        rows = [self._row(*key, group) for key, group in siblings.items()]
+        return sorted(rows, key=lambda row: model_order(row.modules))
+
+    def _row(self, parent: str, source: str, label: str, lasts: Mapping[str, list[PlannedModule]]) -> Row:
+        last = next(iter(lasts)) if len(lasts) == 1 else "{" + ",".join(sorted(lasts)) + "}"
+        group = [module for modules in lasts.values() for module in modules]
+        sizes = sum(map(self.module_bytes, group)), sum(map(self.module_bf16_bytes, group))
+        return Row(f"{parent}.{last}".lstrip("."), source, label, len(group), *sizes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; formats stand once, modules name them by number."""
+        formats: dict[ModuleFormat, int] = {}
+        modules = [
+            [one.name, one.source, formats.setdefault(one.format, len(formats)), list(one.tensors), one.bias]
+            for one in self.modules.values()
+        ]
+        return {
+            "version": _VERSION,
+            "map": self.map.to_json(),
+            "base": self.base,
+            "sources": {name: str(path) for name, path in self.sources.items()},
+            "formats": [to_json(one) for one in formats],
+            "modules": modules,
+            "warnings": list(self.warnings),
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote; its sources are opened when they are first asked for."""
+        formats = [from_json(one) for one in value["formats"]]
+        modules = {
+            name: PlannedModule(name, source, formats[number], tuple(tensors), bias)
+            for name, source, number, tensors, bias in value["modules"]
+        }
+        return cls(
+            MixedPrecisionMap.from_json(value["map"]),
+            value["base"],
+            {name: Path(path) for name, path in value["sources"].items()},
+            modules,
+            tuple(value["warnings"]),
+            value["fingerprint"],
+        )
+
+
+def fingerprint(described: MixedPrecisionMap, base: str, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """SHA-256 over what decides a plan, paths left out: nodes may keep the same files in other places."""
+    rules = [[rule.pattern, rule.source] for rule in described.rules]
+    digests = {name: checkpoint.digest for name, checkpoint in checkpoints.items()}
+    facts = json.dumps([_VERSION, described.default, base, rules, digests], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def bias_bytes(module: PlannedModule) -> int:
+    """Bytes of a module's bias."""
+    return math.prod(module.format.shape[:1]) * size.item_bytes(module.bias) if module.bias else 0
+
+
+__all__ = ["Plan", "PlannedModule", "Row", "TensorInfo", "fingerprint"]

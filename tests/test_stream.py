@@ -1,0 +1,83 @@
+"""Reading: every planned byte once, in order, owned by the consumer; a file that shrinks is one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sglang_mixed.checkpoint import Entry
+from sglang_mixed.errors import TruncatedFileError
+from sglang_mixed.stream import FileRead, ReadLog, sha256, stream
+
+
+def _file(folder: Path) -> tuple[dict[str, torch.Tensor], list[FileRead]]:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        "a": torch.randn(7, 33, generator=generator).to(torch.bfloat16),
+        "b": torch.randint(-128, 127, (5, 3), dtype=torch.int8, generator=generator),
+        "scalar": torch.tensor(3.5),
+        "c": torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn),
+    }
+    path = folder / "model.safetensors"
+    save_file(tensors, path)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    described = json.loads(path.read_bytes()[8 : 8 + header])
+    entries = sorted(
+        (
+            (name, Entry(0, value["dtype"], tuple(value["shape"]), *(8 + header + x for x in value["data_offsets"])))
+            for name, value in described.items()
+        ),
+        key=lambda item: item[1].begin,
+    )
+    return tensors, [("source", path, entries)]
+
+
+def test_every_tensor_arrives_with_its_bytes_and_its_hash(tmp_path: Path) -> None:
+    tensors, reads = _file(tmp_path)
+    log = ReadLog()
+    found = dict(stream(reads, log))
+    assert list(found) == [name for name, _ in reads[0][2]]
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        raw = tensor.reshape(-1).view(torch.uint8)
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), raw)
+        assert log.sha256[name] == hashlib.sha256(raw.numpy()).hexdigest()
+    assert log.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_the_bytes_are_those_the_safetensors_library_reads(tmp_path: Path) -> None:
+    _, reads = _file(tmp_path)
+    with safe_open(reads[0][1], "pt") as reference:
+        for name, tensor in stream(reads, ReadLog()):
+            assert sha256(tensor) == sha256(reference.get_tensor(name))
+
+
+def test_tensors_may_be_kept(tmp_path: Path) -> None:
+    _, reads = _file(tmp_path)
+    kept = [tensor for _, tensor in stream(reads, ReadLog())]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in kept}) == len(kept)
+
+
+def test_a_file_that_shrinks_while_it_is_read_names_file_and_tensor(tmp_path: Path) -> None:
+    _, reads = _file(tmp_path)
+    path = reads[0][1]
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(TruncatedFileError) as error:
+        list(stream(reads, ReadLog()))
+    assert error.value.file == str(path) and error.value.tensor == reads[0][2][-1][0]
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread(tmp_path: Path) -> None:
+    _, reads = _file(tmp_path)
+    tensors = stream(reads, ReadLog())
+    next(tensors)
+    tensors.close()  # type: ignore[attr-defined]
+    assert not any(thread.name == "weight-reader" for thread in threading.enumerate())
