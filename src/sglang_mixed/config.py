@@ -215,7 +215,8 @@ def _gather_sources(document: Document, section: Mapping[str, Any]) -> dict[str,
 
 def _refuse(document: Document, error: ValidationError) -> NoReturn:
     """Our error for the first thing pydantic found, at its line."""
-    first = error.errors(include_url=False)[0]
+    # A misspelt key is unknown and missing at once: the former says more.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     keys = tuple(str(key) for key in first["loc"])
     if keys[:2] == (SECTION, "sources"):
         keys = (SECTION, f"{keys[2]}_path")
@@ -234,7 +235,7 @@ def _known_keys(section: tuple[str, ...]) -> list[str]:
         return list(_File.model_fields)
     if section == (SECTION,):
         return ["default", "weight_mapping", *USUAL_SOURCES]
-    return list(_File.model_fields[section[0]].default.model_fields)
+    return list(type(_File.model_fields[section[0]].default).model_fields)
 
 
 def _unknown_key(document: Document, keys: tuple[str, ...], known: Any) -> UnknownKeyError:

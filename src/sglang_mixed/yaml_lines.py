@@ -12,6 +12,7 @@ from .errors import MapSyntaxError, MissingFileError
 
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 16
+_PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -81,6 +82,8 @@ class _Converter:
         self._scalars = yaml.SafeLoader("")
 
     def convert(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        if node.tag not in _PLAIN:
+            raise MapSyntaxError(f"the tag {node.tag}", file=self._file, line=_line(node), rule="values are plain")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):

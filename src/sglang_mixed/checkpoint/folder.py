@@ -135,7 +135,7 @@ def _first(weight_map: Mapping[str, str], file_name: str) -> str:
 
 
 def _unindexed(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     # Mistral ships the same weights a second time under names of its own.
     paths = [path for path in paths if not path.name.startswith("consolidated")] or paths
     if not paths:

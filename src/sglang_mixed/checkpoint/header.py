@@ -197,7 +197,7 @@ def _examine_entry(path: Path, name: str, value: Any) -> tuple[int, int, TensorI
     if sorted(fields) != sorted(_FIELDS) or len(value) != len(_FIELDS):
         _fail(path, name, "the entry has other fields", f"an entry has {', '.join(_FIELDS)}, once each")
     dtype, shape, offsets = (fields[key] for key in _FIELDS)
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         _fail(path, name, f"dtype {dtype!r} is not known", f"dtypes that are read: {', '.join(ITEM_BYTES)}")
     if not _are_sizes(shape):
         _fail(path, name, f"shape {shape!r:.80}", "a shape is a list of whole numbers, none negative")

@@ -9,7 +9,6 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from ..errors import UnsupportedError
-from ..kernels.compressed import CompressedWeight
 from ..kernels.experts import Expert, moe
 from ..plan import PlannedModule
 from .intake import Intake
@@ -48,7 +47,7 @@ class CPUMoEMethod(FusedMoEMethodBase):
         for index, (gate, up, down) in enumerate(self._modules):
             gate_up = self.intake.open([("w1", index, gate), ("w3", index, up)], "w13_")
             downs = self.intake.open([("w2", index, down)], "w2_")
-            self._experts.append(Expert(_linear(gate_up), _linear(downs)))
+            self._experts.append(Expert([weight.linear for weight in gate_up], downs[0].linear))
         self.intake.register(layer)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
@@ -76,8 +75,3 @@ class CPUMoEMethod(FusedMoEMethodBase):
         output = moe(dispatch_output.hidden_states, ids, weights, self._experts, self._activation)
         return StandardCombineInput(hidden_states=output)
 
-
-def _linear(weights: list[CompressedWeight]) -> Any:
-    if len(weights) == 1:
-        return weights[0].linear
-    return lambda x: torch.cat([weight.linear(x) for weight in weights], dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ NAME = "mixed_precision"
 class MixedPrecisionQuantization(QuantizationConfig):
     """`quantization="mixed_precision"`: one method per layer, from the plan that is being loaded."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._loading = state.current_loading()
+    @property
+    def _loading(self) -> state.Loading:
+        # SGLang also makes a config to look at before it loads; only a load in progress has a plan.
+        return state.current_loading()
+
+    @cached_property
+    def _stock(self) -> StockMethods | None:
         on_cpu = current_platform.is_out_of_tree() and current_platform.device_type == "cpu"
-        self._stock = None if on_cpu else StockMethods(self._loading.plan.checkpoints, self.packed_modules_mapping)
+        return None if on_cpu else StockMethods(self._loading.plan.checkpoints, self.packed_modules_mapping)
 
     @classmethod
     def get_name(cls) -> str:

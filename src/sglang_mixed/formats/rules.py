@@ -103,7 +103,7 @@ def _check_types(config: Any) -> None:
             continue
         if not isinstance(value, _TYPES[key]):
             raise _malformed(f"{key} is {value!r}")
-        for one in dict(value).values() if key in _MAPPINGS else ():
+        for one in config[key].values() if key in _MAPPINGS else ():
             _check_types(one)
 
 

@@ -1,6 +1,6 @@
 """FP8 x one row of x as one compiled loop over 32-bit words; for this torch.compile and g++ must be there.
 
-Switched on by SGLANG_MIXED_COMPILE=1: the first call compiles for some 20 seconds, once for all shapes.
+Switched on by SGLANG_MIXED_COMPILE=1: the first call compiles for some 20 seconds, a further shape for 2.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+MAX_SHAPES = 64
 # A word's bytes are shifted to where they read as float32 of w·2⁻¹²⁰; x carries one part of 2¹²⁰, the result the other.
 X_POWER, Y_POWER = 2.0**100, 2.0**20
 # GCC turns inductor's bit casts, which are loops, into hundreds of scalar moves unless it may vectorize them whole.
@@ -28,12 +29,14 @@ def fp8_gemv(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """e4m3 [out, in] times x float32 [blocks, in], row block i of W meeting row i of x -> float32 [out]."""
     words = weight.view(torch.int32).view(len(x), -1, weight.shape[1] // 4)
     by_byte = x.mul(X_POWER).view(len(x), -1, 4).transpose(1, 2).contiguous()
-    return _compiled()(words, by_byte).mul_(Y_POWER)
+    with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+        return _compiled()(words, by_byte).mul_(Y_POWER)
 
 
 @functools.cache
 def _compiled() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return torch.compile(_word_gemv, dynamic=True, options=OPTIONS)
+    # One graph for all shapes would divide in its inner loop and take twice as long.
+    return torch.compile(_word_gemv, dynamic=False, options=OPTIONS)
 
 
 def _word_gemv(words: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

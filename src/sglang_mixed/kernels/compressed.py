@@ -8,7 +8,7 @@ import torch
 
 from ..formats.base import ModuleFormat
 from ..formats.fusion import fuse, stack, unstack
-from . import cpu_kernel
+from . import LinearKernel, pack
 
 #: A checkpoint module and the format this rank holds it in.
 NamedPart = tuple[str, ModuleFormat]
@@ -23,7 +23,7 @@ class CompressedWeight:
         fused = fuse(self.formats)
         assert fused is not None, "parts of one CompressedWeight must be fusable"
         self.format = fused
-        self.kernel = cpu_kernel(fused)
+        self.kernel: LinearKernel
         self.resident: dict[str, torch.Tensor] = {}
         self._pending: list[dict[str, torch.Tensor]] = [{} for _ in parts]
 
@@ -33,7 +33,7 @@ class CompressedWeight:
 
     def pack(self) -> None:
         """Turn what was received into what the kernel reads; nothing of the former is kept."""
-        self.resident = self.kernel.pack(stack(self._pending, self.formats), self.format)
+        self.kernel, self.resident = pack(stack(self._pending, self.formats), self.format)
         self._pending = []
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:

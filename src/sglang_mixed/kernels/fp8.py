@@ -21,12 +21,12 @@ from .panels import STRIP_VALUES, linear_by_panels, spans
 
 #: Up to so many rows the products run in float16, whose GEMM is the faster one until matrix units pay.
 FEW_ROWS = 8
-#: Smaller row blocks would need too many scaled copies of x.
+#: Scales are spread over columns once per call; smaller row blocks would make that a copy of W.
 MIN_BLOCK_ROWS = 32
 NAN_CODE = 0x7F
-# Adding a half of the sign's place carries a widened sign bit into the sign's place; the mask drops what is left below.
-TO_FP16 = (128, torch.tensor(1 << 14, dtype=torch.int16), ~(1 << 14))
-TO_BF16 = (16, torch.tensor(0x7800, dtype=torch.int16), ~0x7800 | 0x7000)
+#: To float16 and bfloat16: factor that shifts, what carries the widened sign into the sign's place, what then goes.
+TO_FP16 = (1 << 7, torch.tensor(0x4000, dtype=torch.int16), ~0x4000)
+TO_BF16 = (1 << 4, torch.tensor(0x7800, dtype=torch.int16), ~0x7800)
 
 
 class FP8(FileLayout):
@@ -35,8 +35,9 @@ class FP8(FileLayout):
     name = "fp8"
 
     def takes(self, format: ModuleFormat) -> bool:
-        """Any e4m3 matrix."""
-        return format.name == "fp8"
+        """e4m3 matrices, but for blocks of very few rows."""
+        block = format.name == "fp8" and format.parameters.block
+        return format.name == "fp8" and (not block or block[0] >= MIN_BLOCK_ROWS)
 
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """The tensors as they are, if no weight is NaN."""
@@ -52,16 +53,71 @@ class FP8(FileLayout):
         return super().pack(tensors, format)
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
-        """One row: compiled, if that is on; few: float16 with the scales folded into x; more: panels."""
+        """Few bf16 rows: scales folded into x; more rows or another dtype: panels."""
         p: FP8Parameters = format.parameters
-        weight, scale = resident["weight"], resident[p.scale_name].float()
+        weight, scale = resident["weight"].view(torch.uint8), resident[p.scale_name].float()
         scale = scale.reciprocal() if p.inverse else scale
+        few = 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16
         if p.block is None:
-            scale = scale.reshape(-1)
-            if 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16:
-                return _few_rows(x, weight, x.float()[None]).mul_(scale).to(x.dtype)
-            return _by_channel(x, weight).float().mul_(scale).to(x.dtype)
-        if 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and p.block[0] >= MIN_BLOCK_ROWS:
-            spread = scale.repeat_interleave(p.block[1], 1)[:, None, : x.shape[1]]
-            return _few_rows(x, weight, x.float() * spread, p.block[0]).to(x.dtype)
-        return _by_block(x, weight, scale, p.block)
+            y = _few_rows(weight, x.float()[None], len(weight)) if few else _by_panels(x, weight).float()
+            return y.mul_(scale.reshape(-1)).to(x.dtype)
+        spread = scale.repeat_interleave(p.block[1], 1)[:, : x.shape[1]]
+        if few:
+            return _few_rows(weight, x.float() * spread[:, None], p.block[0]).to(x.dtype)
+        return _by_scaled_panels(x, weight, spread, p.block[0])
+
+
+def _few_rows(weight: torch.Tensor, x: torch.Tensor, block: int) -> torch.Tensor:
+    """uint8 [out, in] times x float32 [blocks, rows, in], each `block` rows of W meeting their own x -> [rows, out]."""
+    (out_features, in_features), num_rows = weight.shape, x.shape[1]
+    if num_rows == 1 and compiled.is_enabled() and not (in_features % 4 or out_features % block):
+        return compiled.fp8_gemv(weight, x[:, 0])[None]
+    # |w·2⁻⁸| < 2: with |x| < 2^room no sum can leave float16.
+    room = 15 - math.ceil(math.log2(in_features))
+    power = torch.frexp(x.abs().amax(2, keepdim=True)).exponent
+    x16, unit = torch.ldexp(x, room - power).half(), torch.ldexp(torch.ones(()), power + (8 - room))
+    strip = max(1, 2 * STRIP_VALUES // in_features)
+    buffer = torch.empty(min(strip, out_features), in_features, dtype=torch.int16)
+    y = torch.empty(num_rows, out_features)
+    for index, (start, stop) in enumerate(spans(0, out_features, block)):
+        for low, high in spans(start, stop, strip):
+            codes = _shift(weight[low:high], buffer[: high - low], TO_FP16).view(torch.float16)
+            torch.mul(F.linear(x16[index], codes), unit[index], out=y[:, low:high])
+    return y
+
+
+def _by_panels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x times the unscaled e4m3 values."""
+
+    def decode(start: int, stop: int, target: torch.Tensor) -> None:
+        if target.dtype == torch.bfloat16:
+            _shift(weight[start:stop], target.view(torch.int16), TO_BF16)
+            target.mul_(2.0**120)
+        else:
+            codes = torch.empty(target.shape, dtype=torch.int16)
+            target.copy_(_shift(weight[start:stop], codes, TO_FP16).view(torch.float16)).mul_(256)
+
+    return linear_by_panels(x, (weight.shape[0], weight.shape[1]), decode)
+
+
+def _by_scaled_panels(x: torch.Tensor, weight: torch.Tensor, spread: torch.Tensor, block: int) -> torch.Tensor:
+    """x times e4m3 values times `spread` float32 [blocks, in]; scales rounded to bf16 would cost as much as W's."""
+    spread, strip = spread * 256, max(1, STRIP_VALUES // weight.shape[1])
+    buffer, wide = torch.empty(strip, weight.shape[1], dtype=torch.int16), torch.empty(strip, weight.shape[1])
+
+    def decode(start: int, stop: int, target: torch.Tensor) -> None:
+        codes, values = buffer[: stop - start], wide[: stop - start]
+        values.copy_(_shift(weight[start:stop], codes, TO_FP16).view(torch.float16))
+        for index in range(start // block, (stop - 1) // block + 1):
+            values[max(0, index * block - start) : (index + 1) * block - start].mul_(spread[index])
+        target.copy_(values)
+
+    return linear_by_panels(x, (weight.shape[0], weight.shape[1]), decode, strip)
+
+
+def _shift(octets: torch.Tensor, target: torch.Tensor, how: tuple[int, torch.Tensor, int]) -> torch.Tensor:
+    """e4m3 bytes to the bits of a 16-bit float in `target` int16."""
+    factor, carry, mask = how
+    target.copy_(octets)
+    torch.add(carry, target, alpha=factor, out=target)
+    return target.bitwise_and_(mask)

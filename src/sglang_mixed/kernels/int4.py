@@ -6,7 +6,6 @@ packed, and for act-order the permutation that sorts g_idx. What a call needs be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +15,7 @@ from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
 from ..formats.gptq import GPTQParameters, unpack
 from .base import Layout, Tensors, aligned, owned
-from .nibbles import TILE, columns_of_halves, decode_rows, layout_is_known, pack_rows, signed_halves, tiles
+from .nibbles import TILE, decode_rows, layout_is_known, pack_rows, rows_of_halves, signed_halves, tiles
 from .panels import PANEL_BYTES, compute_dtype, spans
 
 GROUPS = frozenset((32, 64, 128, 256))
@@ -31,8 +30,10 @@ class Int4:
 
     def takes(self, format: ModuleFormat) -> bool:
         """4 bits, whole groups of 32, 64, 128 or 256 columns, rows a multiple of 16."""
-        p, (rows, columns) = format.parameters, (*format.shape, 0, 0)[:2]
-        return format.name == "gptq" and p.bits == 4 and p.group_size in GROUPS and not (columns % p.group_size or rows % 16)
+        p = format.parameters
+        if format.name != "gptq" or p.bits != 4 or p.group_size not in GROUPS:
+            return False
+        return format.shape[0] % 16 == 0 and format.shape[1] % p.group_size == 0
 
     def layout(self, format: ModuleFormat) -> Layout:
         """Nibbles [out, in/2], scales [groups, out], then packed zeros and permutation where the format has them."""
@@ -69,27 +70,24 @@ class Int4:
     def unpack(self, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """Nibbles back to int32 words along `in`; what was left out is rebuilt from the parameters."""
         p, (rows, columns) = format.parameters, format.shape
-        order, groups = resident.get("permutation"), torch.arange(columns, dtype=torch.int32) // p.group_size
-        place = None if order is None else torch.empty_like(order).scatter_(0, order.long(), torch.arange(columns, dtype=torch.int32))
+        place = torch.argsort(resident["permutation"]) if p.act_order else slice(None)
         qweight = torch.empty(columns // 8, rows, dtype=torch.int32)
         for low, high in tiles(rows):
-            codes = decode_rows(resident["nibbles"], low, high)  # [in, rows of the tile]
-            codes = codes if place is None else codes[place]
-            qweight[:, low:high] = _to_words(codes)
+            qweight[:, low:high] = _to_words(decode_rows(resident["nibbles"], low, high)[place])
         shape = len(resident["scales"]), rows // 8
         zeros = torch.full(shape, _constant_zeros(p), dtype=torch.int32) if p.symmetric else resident["qzeros"]
         tensors = {"qweight": qweight, "qzeros": zeros, "scales": resident["scales"]}
         if p.has_g_idx:
-            tensors["g_idx"] = groups if place is None else groups[place]
+            tensors["g_idx"] = (torch.arange(columns, dtype=torch.int32) // p.group_size)[place]
         return tensors
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
         """Few bf16 rows: torch's kernel; more rows or another dtype: panels."""
         if "permutation" in resident:
-            x = x[:, resident["permutation"]]
-        if x.dtype != torch.bfloat16 and x.shape[0] or (x.shape[0] >= MANY_ROWS and layout_is_known()):
+            x = x.index_select(1, resident["permutation"])
+        if layout_is_known() and (x.dtype != torch.bfloat16 or x.shape[0] >= MANY_ROWS):
             return _by_panels(x, resident, format.parameters)
-        return _by_op(x, resident, format.parameters)
+        return _by_op(x.to(torch.bfloat16), resident, format.parameters).to(x.dtype)
 
 
 def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQParameters) -> torch.Tensor:
@@ -97,7 +95,7 @@ def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQParamet
     scales, nibbles, x = resident["scales"], resident["nibbles"], aligned(x)
     both = torch.empty(*scales.shape, 2, dtype=torch.bfloat16)
     if "qzeros" not in resident:
-        both.view(torch.int32).copy_(_bf16_bits(scales))
+        both.view(torch.int32).squeeze(-1).copy_(_bf16_bits(scales))
         return torch._weight_int4pack_mm_for_cpu(x, nibbles, p.group_size, both)
     zeros = _zero_points(resident["qzeros"], p).sub_(8).neg_() * scales.float()
     both[..., 0], both[..., 1] = scales, zeros
@@ -107,31 +105,30 @@ def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQParamet
 
 
 def _by_panels(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQParameters) -> torch.Tensor:
-    """[rows, in] times panels of W ᵀ [in, some out], decoded a tile of torch's layout at a time."""
-    columns, rows, groups, dtype = x.shape[1], resident["scales"].shape[1], len(resident["scales"]), compute_dtype(x)
+    """[rows, in] times panels of Wᵀ [in, some out], decoded a tile of torch's layout at a time."""
+    columns, (groups, rows), dtype = x.shape[1], resident["scales"].shape, compute_dtype(x)
+    # What is decoded is 16·(q - 8), see nibbles.signed_halves.
+    scales, zeros = (resident["scales"].to(dtype) / 16).unsqueeze(1), None
+    if not p.symmetric:
+        zeros = _zero_points(resident["qzeros"], p).sub_(8).mul_(16).to(dtype).unsqueeze(1)
     width = max(1, PANEL_BYTES // (dtype.itemsize * columns * TILE)) * TILE
-    # The decoded integers are 16·(q - 8), see nibbles.signed_halves.
-    scales = resident["scales"].to(dtype).div_(16).view(groups, 1, rows)
-    zeros = None if p.symmetric else _zero_points(resident["qzeros"], p).sub_(8).mul_(16).to(dtype).view(groups, 1, rows)
     panel, y, x_cast = torch.empty(columns, min(width, rows), dtype=dtype), x.new_empty(len(x), rows), x.to(dtype)
     for start, stop in spans(0, rows, width):
-        for low, high in tiles(rows, start, stop):
-            for half, own in zip(signed_halves(resident["nibbles"], low, high), columns_of_halves(high - low), strict=True):
+        for low, high in tiles(stop, start):
+            halves = signed_halves(resident["nibbles"], low, high)
+            for half, own in zip(halves, rows_of_halves(low, high), strict=True):
                 codes = half.to(dtype).view(groups, p.group_size, -1)
                 if zeros is not None:
-                    codes.sub_(zeros[:, :, low:high][:, :, own])
-                target = panel[:, low - start : high - start][:, own].view(groups, p.group_size, -1)
-                torch.mul(codes, scales[:, :, low:high][:, :, own], out=target)
+                    codes.sub_(zeros[..., own])
+                target = panel.view(groups, p.group_size, -1)[..., own.start - start : own.stop - start : own.step]
+                torch.mul(codes, scales[..., own], out=target)
         y[:, start:stop] = x_cast @ panel[:, : stop - start]
     return y
 
 
 def _bf16_bits(scales: torch.Tensor) -> torch.Tensor:
     """int32 whose low half is the scale rounded to bf16 and whose high half, the zero in memory, is 0."""
-    if scales.dtype == torch.bfloat16:
-        return scales.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
-    bits = scales.to(torch.float32).view(torch.int32)
-    bits = bits + 0x8000 if bits.data_ptr() == scales.data_ptr() else bits.add_(0x8000)
+    bits = scales.float().view(torch.int32) + 0x8000
     return bits.__irshift__(16).bitwise_and_(0xFFFF)
 
 

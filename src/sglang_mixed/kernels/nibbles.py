@@ -31,14 +31,16 @@ def pack_rows(qweight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor
     return nibbles
 
 
-def tiles(rows: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """(low, high) rows of the tiles in [start, stop), which begins and ends with tiles."""
-    return spans(start, rows if stop is None else stop, TILE)
+def tiles(stop: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """(low, high) rows of the tiles in [start, stop), which begins with one."""
+    return spans(start, stop, TILE)
 
 
-def columns_of_halves(rows: int) -> tuple[slice, slice]:
-    """Which rows of a tile its low and its high nibbles are."""
-    return (slice(0, TILE // 2), slice(TILE // 2, TILE)) if rows == TILE else (slice(0, rows, 2), slice(1, rows, 2))
+def rows_of_halves(low: int, high: int) -> tuple[slice, slice]:
+    """Which rows of W the low and the high nibbles of the tile [low, high) are."""
+    middle = low + TILE // 2
+    whole = high - low == TILE
+    return (slice(low, middle, 1), slice(middle, high, 1)) if whole else (slice(low, high, 2), slice(low + 1, high, 2))
 
 
 def signed_halves(nibbles: torch.Tensor, low: int, high: int) -> Iterator[torch.Tensor]:
@@ -58,7 +60,7 @@ def decode_rows(nibbles: torch.Tensor, low: int, high: int) -> torch.Tensor:
         return _ask_kernel(nibbles[low:high])
     tile = nibbles[low:high].view(-1, (high - low) // 2)
     codes = torch.empty(len(tile), high - low, dtype=torch.uint8)
-    first, second = columns_of_halves(high - low)
+    first, second = rows_of_halves(0, high - low)
     codes[:, first], codes[:, second] = tile & 15, tile >> 4
     return codes
 
@@ -82,7 +84,7 @@ def layout_is_known() -> bool:
     codes = torch.arange(32 * 112).mul_(7).bitwise_right_shift_(1).bitwise_and_(15).view(112, 32).to(torch.int32)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
     for low, high in tiles(112):
-        tile, (first, second) = packed[low:high].view(32, -1), columns_of_halves(high - low)
+        tile, (first, second) = packed[low:high].view(32, -1), rows_of_halves(0, high - low)
         expected = codes[low:high].t()
         if not (torch.equal(tile & 15, expected[:, first]) and torch.equal(tile >> 4, expected[:, second])):
             return False

@@ -125,18 +125,20 @@ class Plan:
             label = get_format(module.format.name).label(module.format.parameters)
             groups.setdefault((split_name(module.name)[0], module.source, label), []).append(module)
         known = by_template(self.modules)
-        siblings: dict[tuple[str, str, str], dict[str, list[PlannedModule]]] = {}
+        siblings: dict[tuple[tuple[str, ...], str, str, int], dict[str, list[PlannedModule]]] = {}
         for (_, source, label), group in groups.items():
-            parent, _, last = ", ".join(fold((module.name for module in group), known)).rpartition(".")
-            siblings.setdefault((parent, source, label), {})[last] = group
-        rows = [self._row(*key, group) for key, group in siblings.items()]
-        return sorted(rows, key=lambda row: model_order(row.modules))
+            patterns = fold((module.name for module in group), known)
+            parents = tuple(pattern.rpartition(".")[0] for pattern in patterns)
+            key = parents, source, label, model_order(patterns[0])
+            siblings.setdefault(key, {})[patterns[0].rpartition(".")[2]] = group
+        ordered = sorted(siblings.items(), key=lambda item: item[0][3])
+        return [self._row(parents, source, label, lasts) for (parents, source, label, _), lasts in ordered]
 
-    def _row(self, parent: str, source: str, label: str, lasts: Mapping[str, list[PlannedModule]]) -> Row:
+    def _row(self, parents: tuple[str, ...], source: str, label: str, lasts: dict[str, list[PlannedModule]]) -> Row:
         last = next(iter(lasts)) if len(lasts) == 1 else "{" + ",".join(sorted(lasts)) + "}"
         group = [module for modules in lasts.values() for module in modules]
         sizes = sum(map(self.module_bytes, group)), sum(map(self.module_bf16_bytes, group))
-        return Row(f"{parent}.{last}".lstrip("."), source, label, len(group), *sizes)
+        return Row(", ".join(join(parent, last) for parent in parents), source, label, len(group), *sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; formats stand once, modules name them by number."""

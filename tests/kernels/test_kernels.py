@@ -1,0 +1,253 @@
+"""Every kernel: memory is the file byte for byte and as large as promised, and products are right."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_mixed.errors import FormatError, InconsistentFormatError, UnsupportedError
+from sglang_mixed.formats import ModuleFormat, detect
+from sglang_mixed.kernels import KERNELS, cpu_kernel, get_kernel, int4, nibbles, pack, resident_bytes
+
+sys.path.append(str(Path(__file__).parents[1] / "formats"))
+import packers
+
+Build = Callable[[np.random.Generator], packers.Packed]
+CASES: dict[str, tuple[str, Build]] = {}
+
+BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+INVERSE = {
+    "quant_method": "fp8",
+    "weight_scale_method": "row",
+    "weight_scale_semantics": "inverse",
+    "format": "float8_e4m3fn",
+}
+
+
+def compressed(kind: str, strategy: str) -> dict:
+    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True}
+    inputs = {"num_bits": 8, "type": kind, "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": []}
+
+
+def gptq_cases() -> None:
+    for out, columns in ((64, 128), (48, 256), (176, 512)):
+        for group in (32, 64, 128, 256):
+            if columns % group:
+                continue
+            for sym, version, order, dtype in (
+                (True, 1, "g_idx", torch.float16),
+                (True, 2, "none", torch.bfloat16),
+                (True, 1, "act", torch.float32),
+                (False, 1, "g_idx", torch.float16),
+                (False, 2, "act", torch.bfloat16),
+            ):
+                kernel = "int4" if order != "act" or group < columns else "chunked"
+                CASES[f"gptq4 {out}x{columns} g{group} {sym} v{version} {order}"] = (
+                    kernel,
+                    lambda rng, a=(out, columns), g=group, s=sym, v=version, k=order, d=dtype: packers.gptq(
+                        rng, *a, group=g, sym=s, version=v, order=k, scale_dtype=d
+                    ),
+                )
+    for bits, out, columns, group in (
+        (4, 40, 96, 32),
+        (4, 64, 96, -1),
+        (2, 48, 64, 32),
+        (3, 96, 160, 32),
+        (8, 36, 64, 64),
+    ):
+        for sym, order in ((True, "none"), (False, "act")):
+            CASES[f"gptq{bits} {out}x{columns} g{group} {sym} {order}"] = (
+                "chunked",
+                lambda rng, a=(out, columns), b=bits, g=group, s=sym, k=order: packers.gptq(
+                    rng, *a, bits=b, group=g, sym=s, order=k
+                ),
+            )
+
+
+def eight_bit_cases() -> None:
+    for o, c in ((128, 256), (130, 33), (830, 545), (16, 1000)):
+        grid = (-(-o // 128), -(-c // 128))
+        for kind in ("float", "int"):
+            for strategy, block, scale in (("channel", (1, c), (o, 1)), ("tensor", (o, c), (1,))):
+                name, config = f"{kind} {strategy} {o}x{c}", compressed(kind, strategy)
+                options = {"integer": kind == "int", "scale_dtype": torch.bfloat16}
+                CASES[name] = (
+                    "int8" if kind == "int" else "fp8",
+                    lambda rng, a=((o, c), block, scale, config), x=options: packers.eight_bit(rng, *a, **x),
+                )
+        for name, kernel, block, scale, config, options in (
+            ("fp8 inverse", "fp8", (1, c), (o,), INVERSE, {"inverse": True}),
+            ("fp8 128x128", "fp8", (128, 128), grid, BLOCK, {}),
+            ("fp8 128x128 bf16", "fp8", (128, 128), grid, BLOCK, {"scale_dtype": torch.bfloat16}),
+            ("fp8 64x32", "fp8", (64, 32), (-(-o // 64), -(-c // 32)), {**BLOCK, "weight_block_size": [64, 32]}, {}),
+            ("fp8 1x128", "chunked", (1, 128), (o, grid[1]), {**BLOCK, "weight_block_size": [1, 128]}, {}),
+        ):
+            CASES[f"{name} {o}x{c}"] = (
+                kernel,
+                lambda rng, a=((o, c), block, scale, config), x={"name": "weight_scale_inv", **options}: (
+                    packers.eight_bit(rng, *a, **x)
+                ),
+            )
+
+
+gptq_cases()
+eight_bit_cases()
+for plain_dtype in (torch.bfloat16, torch.float16, torch.float32):
+    CASES[f"plain {plain_dtype}"] = "plain", lambda rng, d=plain_dtype: packers.plain(rng, (70, 130), d)
+
+
+def built(name: str) -> tuple[packers.Packed, ModuleFormat, torch.Generator]:
+    seed = zlib.crc32(name.encode())
+    module = CASES[name][1](np.random.default_rng(seed))
+    return module, detect("m", module.infos, module.config), torch.Generator().manual_seed(seed)
+
+
+def octets(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check_memory(module: packers.Packed, format: ModuleFormat) -> tuple:
+    before = {name: octets(tensor) for name, tensor in module.tensors.items()}
+    kernel, resident = pack(module.tensors, format)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in resident.items()} == kernel.layout(format)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in resident.values()) == resident_bytes(format)
+    check_unpacks(module, kernel.unpack(resident, format))
+    assert before == {name: octets(tensor) for name, tensor in module.tensors.items()}
+    return kernel, resident
+
+
+def check_unpacks(module: packers.Packed, back: dict[str, torch.Tensor]) -> None:
+    assert back.keys() == module.tensors.keys()
+    for name, tensor in back.items():
+        original = module.tensors[name]
+        assert (tensor.dtype, tensor.shape) == (original.dtype, original.shape)
+        assert octets(tensor) == octets(original), name
+
+
+def check_product(y: torch.Tensor, x: torch.Tensor, reference: np.ndarray) -> None:
+    assert y.dtype == x.dtype
+    expected = x.double() @ torch.from_numpy(reference).double().t()
+    assert y.shape == expected.shape
+    error, energy = (y.double() - expected).square(), expected.square()
+    assert error.mean() <= 1e-5 * energy.mean()
+    if len(x) >= 64:
+        assert (error.mean(0) <= 1e-4 * energy.mean(0)).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_the_file_and_products_are_right(name: str) -> None:
+    module, format, generator = built(name)
+    assert cpu_kernel(format).name == CASES[name][0]
+    kernel, resident = check_memory(module, format)
+    held = {one: octets(tensor) for one, tensor in resident.items()}
+    for rows in (1, 3, 64, 200):
+        x = torch.randn(rows, format.shape[1], generator=generator) + 0.5
+        check_product(kernel.linear(x.bfloat16(), resident, format), x.bfloat16(), module.reference)
+    for dtype in (torch.float16, torch.float32):
+        check_product(kernel.linear(x.to(dtype), resident, format), x.to(dtype), module.reference)
+    assert held == {one: octets(tensor) for one, tensor in resident.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_may_be_none_or_not_contiguous(name: str) -> None:
+    module, format, generator = built(name)
+    kernel, resident = pack(module.tensors, format)
+    for dtype in (torch.bfloat16, torch.float32):
+        empty = kernel.linear(torch.empty(0, format.shape[1], dtype=dtype), resident, format)
+        assert empty.shape == (0, format.shape[0])
+        assert empty.dtype == dtype
+    wide = torch.randn(40, 2 * format.shape[1] + 1, generator=generator).bfloat16()
+    for x in (wide[:1, 1::2], wide[:2, 1 : format.shape[1] + 1], wide[:, 1::2], wide[:5, : format.shape[1]]):
+        check_product(kernel.linear(x, resident, format), x, module.reference)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fallback_runs_all(name: str) -> None:
+    module, format, generator = built(name)
+    kernel = get_kernel("chunked")
+    resident = kernel.pack(module.tensors, format)
+    check_unpacks(module, kernel.unpack(resident, format))
+    x = torch.randn(3, format.shape[1], generator=generator).bfloat16()
+    check_product(kernel.linear(x, resident, format), x, module.reference)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] == "int4"])
+def test_int4_without_knowing_torchs_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (int4, nibbles):
+        monkeypatch.setattr(room, "layout_is_known", lambda: False)
+    module, format, generator = built(name)
+    kernel, resident = check_memory(module, format)
+    x = torch.randn(40, format.shape[1], generator=generator).bfloat16()
+    check_product(kernel.linear(x, resident, format), x, module.reference)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("name", ["float channel 128x256", "fp8 128x128 128x256"])
+def test_fp8_is_exact_down_to_the_smallest_codes(name: str, rows: int) -> None:
+    module, format, generator = built(name)
+    weight = module.tensors["weight"].view(torch.uint8)
+    weight.copy_(torch.randint(0, 256, weight.shape, generator=generator) & 0x87)
+    scale = module.tensors[format.parameters.scale_name].fill_(0.5)
+    module.reference[:] = packers.e4m3(weight.numpy()) * float(scale.flatten()[0])
+    kernel, resident = pack(module.tensors, format)
+    x = torch.randn(rows, format.shape[1], generator=generator).bfloat16() * 1e3
+    check_product(kernel.linear(x, resident, format), x, module.reference)
+
+
+def test_pack_frees_the_files_buffer() -> None:
+    module, format, _ = built("int channel 128x256")
+    buffer = torch.empty(module.tensors["weight"].nbytes + 100, dtype=torch.int8)
+    view = buffer[3 : 3 + module.tensors["weight"].nbytes].view(128, 256)
+    view.copy_(module.tensors["weight"])
+    _, resident = pack({**module.tensors, "weight": view}, format)
+    assert resident["weight"].untyped_storage().nbytes() == view.nbytes
+    assert resident["weight"].data_ptr() % 64 == 0
+    assert torch.equal(resident["weight"], view)
+
+
+def test_nan_weights_are_refused() -> None:
+    module, format, _ = built("float channel 128x256")
+    module.tensors["weight"].view(torch.uint8)[7, 9] = 0xFF
+    with pytest.raises(FormatError, match="is NaN"):
+        pack(module.tensors, format)
+
+
+def test_asymmetric_zeros_under_a_symmetric_config_are_refused() -> None:
+    module, format, _ = built("gptq4 64x128 g32 True v1 g_idx")
+    module.tensors["qzeros"][0, 0] += 1
+    with pytest.raises(InconsistentFormatError, match="zero points differ"):
+        pack(module.tensors, format)
+
+
+def test_a_shuffled_g_idx_without_act_order_is_refused() -> None:
+    module, format, _ = built("gptq4 64x128 g32 True v1 g_idx")
+    module.tensors["g_idx"] = module.tensors["g_idx"].flip(0)
+    with pytest.raises(InconsistentFormatError, match="g_idx is not consecutive"):
+        pack(module.tensors, format)
+
+
+def test_uneven_act_order_groups_go_to_the_fallback() -> None:
+    module, format, generator = built("gptq4 64x128 g32 True v1 act")
+    g_idx = module.tensors["g_idx"]
+    old = g_idx[0].item()
+    g_idx[0] = (old + 1) % 4
+    scales = module.tensors["scales"].double().numpy()
+    module.reference[:, 0] *= scales[(old + 1) % 4] / scales[old]
+    kernel, resident = check_memory(module, format)
+    assert kernel.name == "chunked"
+    x = torch.randn(3, 128, generator=generator).bfloat16()
+    check_product(kernel.linear(x, resident, format), x, module.reference)
+
+
+def test_the_registry_says_what_exists() -> None:
+    assert [get_kernel(name).name for name in KERNELS] == list(KERNELS)
+    with pytest.raises(UnsupportedError, match="no kernel 'int5'"):
+        get_kernel("int5")
