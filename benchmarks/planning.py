@@ -6,6 +6,7 @@ The checkpoints are sparse files with true headers: 940 GB that take no disk. Bo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -127,12 +128,16 @@ def write_checkpoint(folder: Path, kind: str) -> int:
 
 
 def parse_headers(folder: Path) -> float:
-    """The baseline: seconds to read every header and json.loads it."""
+    """The baseline: seconds to read every header and json.loads it, the cycle collector paused as in planning."""
+    gc.collect()
+    gc.disable()
     started = time.perf_counter()
     for file in sorted(folder.glob("*/*.safetensors")):
         with file.open("rb") as stream:
             json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return time.perf_counter() - started
+    elapsed = time.perf_counter() - started
+    gc.enable()
+    return elapsed
 
 
 def main() -> int:
@@ -151,12 +156,14 @@ def main() -> int:
 def measure(folder: Path, count: int, rounds: int) -> int:
     from sglang_mixed.plan import make_plan
 
-    parsing, planning = [], []
+    parsing, planning, plan = [], [], None
     for _ in range(rounds):
+        plan = None
         parsing.append(parse_headers(folder))
         started = time.perf_counter()
         plan = make_plan(folder / "map.yaml")
         planning.append(time.perf_counter() - started)
+    assert plan is not None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     ratio = min(planning) / min(parsing)
     median = sorted(planning)[rounds // 2] / sorted(parsing)[rounds // 2]

@@ -116,7 +116,7 @@ SOURCES = "mixed_precision:\n  fp16_path: base\n  fp8_path: fp8\n"
         (SOURCES + "server:\n  port: 99999", MapSyntaxError, 5, "less than or equal to 65535"),
         (SOURCES + "server:\n  port: true", MapSyntaxError, 5, "port"),
         (SOURCES + "  default: int4", UnknownSourceError, 4, "unknown source 'int4'"),
-        (SOURCES + "  weight_mapping:\n    a.b: fp8\n    c.d: fp6", UnknownSourceError, 6, "unknown source 'fp6' (did you"),
+        (SOURCES + "  weight_mapping:\n    a.b: fp8\n    c.d: fp6", UnknownSourceError, 6, "unknown source 'fp6'"),
         (SOURCES + "  weight_mapping: [a]", MapSyntaxError, 4, "weight_mapping"),
         (SOURCES + "  weight_mapping:\n    a: [fp8]", MapSyntaxError, 5, "weight_mapping.a"),
         (SOURCES + "  weight_mapping:\n    a: fp8\n    3: fp8", MapSyntaxError, 6, "the key 3 is not text"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, open_checkpoint
     from .config import MixedPrecisionMap, load_map
+    from .engine.routes import get_mixed_precision_memory_stats
     from .errors import MixedPrecisionError
     from .plan import Plan, make_plan
 
@@ -18,12 +19,14 @@ _HOMES = {
     "MixedPrecisionError": "errors",
     "Plan": "plan",
     "make_plan": "plan",
+    "get_mixed_precision_memory_stats": "engine.routes",
 }
 __all__ = [
     "Checkpoint",
     "MixedPrecisionError",
     "MixedPrecisionMap",
     "Plan",
+    "get_mixed_precision_memory_stats",
     "load_map",
     "make_plan",
     "open_checkpoint",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -160,24 +160,20 @@ class _Node:
 class NameTree:
     """Module names by their parts, built once; each pattern then walks only what it matches."""
 
-    def __init__(self, modules: Mapping[str, Iterable[str]]) -> None:
-        """`modules`: module name -> the local names under which it may be named too (usually `weight`)."""
-        self._locals = modules
+    def __init__(self, modules: Iterable[str], locals_of: Callable[[str], tuple[str, ...]]) -> None:
+        """`locals_of` tells the local names under which a module may be named too (usually `weight`)."""
+        self._locals_of = locals_of
         self._root = _Node()
-        last_parent, node = "", self._root
+        self._nodes = {"": self._root}
         for module in modules:
             parent, _, name = module.rpartition(".")
-            if parent != last_parent:
-                last_parent, node = parent, self._descend(parent)
+            node = self._nodes.get(parent) or self._add(parent)
             node.modules[name] = module
 
-    def _descend(self, parent: str) -> _Node:
-        node = self._root
-        for part in parent.split(".") if parent else ():
-            following = node.children.get(part)
-            if following is None:
-                following = node.children[part] = _Node()
-            node = following
+    def _add(self, prefix: str) -> _Node:
+        above, _, name = prefix.rpartition(".")
+        node = self._nodes[prefix] = _Node()
+        (self._nodes.get(above) or self._add(above)).children[name] = node
         return node
 
     def match(self, pattern: Pattern) -> list[str]:
@@ -185,11 +181,21 @@ class NameTree:
         found: dict[str, None] = {}
         for path in pattern.paths:
             found.update(dict.fromkeys(self._ending_at(path)))
-            last = path[-1]
-            found.update(
-                (module, None) for module in self._ending_at(path[:-1]) if any(map(last.matches, self._locals[module]))
-            )
+            found.update(dict.fromkeys(self._named_by_weight(path)))
         return list(found)
+
+    def _named_by_weight(self, path: tuple[Part, ...]) -> list[str]:
+        """Modules whose name is matched by all but the last part of `path`, and a local name by that."""
+        verdicts: dict[tuple[str, ...], bool] = {}
+        found = []
+        for module in self._ending_at(path[:-1]):
+            names = self._locals_of(module)
+            verdict = verdicts.get(names)
+            if verdict is None:
+                verdict = verdicts[names] = any(map(path[-1].matches, names))
+            if verdict:
+                found.append(module)
+        return found
 
     def _ending_at(self, path: tuple[Part, ...]) -> list[str]:
         """Modules whose name without a local name is matched by `path`."""

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +64,31 @@ class Server:
         self.process.wait(60)
 
 
-@contextmanager
-def engine(model: Path, **arguments: Any) -> Iterator[Any]:
-    """`sgl.Engine` in this process."""
-    import sglang
+class Engine:
+    """`sgl.Engine` in a process of its own, answering the requests it was started with."""
 
-    running = sglang.Engine(model_path=str(model), **SMALL, **arguments)
-    try:
-        yield running
-    finally:
-        running.shutdown()
+    def __init__(self, log: Path, model: Path, *requests: dict[str, Any], **arguments: Any) -> None:
+        self.log = log
+        job = {"arguments": {"model_path": str(model), **SMALL, **arguments}, "requests": requests}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.run_engine"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("wb"),
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(job))
+        self.process.stdin.close()
+
+    def result(self) -> dict[str, Any]:
+        """{"answers": one list per request, "memory": statistics of a mix}."""
+        assert self.process.stdout
+        output = self.process.stdout.read()
+        assert self.process.wait() == 0, f"the engine ended:\n{self.log.read_text()}"
+        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return result
 
 
 @pytest.fixture(scope="session")

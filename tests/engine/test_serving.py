@@ -13,7 +13,7 @@ import pytest
 from sglang_mixed.plan import Plan, make_plan
 
 from .comparison import BOUND, REQUEST, differing_tokens, largest_difference
-from .conftest import TINY, Server, engine, http
+from .conftest import TINY, Engine, Server, http
 from .reference import write_reference
 
 MAP = TINY / "map.yaml"
@@ -39,8 +39,8 @@ def reference(
 ) -> list[dict[str, Any]]:
     # The reference runs while the server starts.
     folder = write_reference(plan, tmp_path_factory.mktemp("reference"))
-    with engine(folder) as stock:
-        answers: list[dict[str, Any]] = stock.generate(input_ids=prompts, **REQUEST)
+    stock = Engine(folder / "log", folder, {"input_ids": prompts, **REQUEST})
+    answers: list[dict[str, Any]] = stock.result()["answers"][0]
     return answers
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from ..errors import FormatError, IndexFileError, TensorMissingError, nearest
-from ..formats import Detector, ModuleFormat, TensorInfo, get_format
+from ..formats import Detector, ModuleFormat, get_format
 from .folder import check_index, quantization_config, read_config, read_index, shard_paths
 from .header import Entry, Shard, read_header
+from .modules import Modules, Tensors
 from .pause import collector_paused
 from .reading import opened, read_entry
 
@@ -27,8 +28,7 @@ class Entries(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         file = self._files[self._weight_map[name]]
-        shard = self._shards[file]
-        return shard.entry(file, shard.positions[name])
+        return self._shards[file].entry(file, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weight_map)
@@ -50,13 +50,11 @@ class Checkpoint:
         weight_map = read_index(path)
         self.files = tuple(shard_paths(path, weight_map))
         self.shards = [read_header(file) for file in self.files]
-        self.modules: dict[str, dict[str, TensorInfo]] = {}
-        for shard in self.shards:
-            _add_modules(self.modules, shard)
         if weight_map is None:
             weight_map = self._map_unindexed()
         else:
-            check_index(path, weight_map, [(shard.path, shard.names) for shard in self.shards])
+            check_index(path, weight_map, self.shards)
+        self.modules = Modules(self.shards)
         self.entries = Entries(self.shards, weight_map)
         try:
             self._detect = Detector(self.quantization)
@@ -72,7 +70,7 @@ class Checkpoint:
             total.update(shard.path.name.encode() + b"\0" + shard.digest)
         return total.hexdigest()
 
-    def format(self, module: str, tensors: Mapping[str, TensorInfo] | None = None) -> ModuleFormat:
+    def format(self, module: str, tensors: Tensors | None = None) -> ModuleFormat:
         """How a module is stored (or these of its tensors alone); equal modules share one value.
 
         Raises UnknownFormatError and InconsistentFormatError.
@@ -105,7 +103,7 @@ class Checkpoint:
         """The file that holds a module's first tensor (for messages)."""
         return self.files[self.entries[join(module, next(iter(self._module(module))))].file]
 
-    def _module(self, module: str) -> dict[str, TensorInfo]:
+    def _module(self, module: str) -> Tensors:
         tensors = self.modules.get(module)
         if tensors is None:
             raise self._missing(module, self.modules)
@@ -143,13 +141,3 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def join(module: str, local: str) -> str:
     """The tensor name of a module's local name."""
     return f"{module}.{local}" if module else local
-
-
-def _add_modules(modules: dict[str, dict[str, TensorInfo]], shard: Shard) -> None:
-    for name, info in zip(shard.names, shard.infos, strict=True):
-        module, _, local = name.rpartition(".")
-        tensors = modules.get(module)
-        if tensors is None:
-            modules[module] = {local: info}
-        else:
-            tensors[local] = info

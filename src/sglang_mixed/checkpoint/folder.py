@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic_core import from_json
 
 from ..errors import CheckpointError, IndexFileError, MissingFileError
+from .header import Shard
 
 INDEX = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 64 << 20
@@ -78,23 +79,23 @@ def shard_paths(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path
     return [folder / name for name in names]
 
 
-def check_index(folder: Path, weight_map: Mapping[str, str], shards: Iterable[tuple[Path, list[str]]]) -> None:
+def check_index(folder: Path, weight_map: Mapping[str, str], shards: Sequence[Shard]) -> None:
     """Raise IndexFileError unless the index names exactly the tensors of each file."""
     found = 0
-    for path, names in shards:
-        found += len(names)
-        if set(map(weight_map.get, names)) - {path.name}:
-            stray = next(name for name in names if weight_map.get(name) != path.name)
+    for shard in shards:
+        found += len(shard.names)
+        if set(map(weight_map.get, shard.names)) - {shard.path.name}:
+            stray = next(name for name in shard.names if weight_map.get(name) != shard.path.name)
             said = weight_map.get(stray)
             raise IndexFileError(
                 f"the index says of a tensor of this file: {'nothing' if said is None else 'it is in ' + said}",
-                file=path,
+                file=shard.path,
                 tensor=stray,
                 rule=f"{INDEX} names the file of every tensor",
                 remedy="the file may be another model's: download the checkpoint again",
             )
-    if found < len(weight_map):
-        held = {name for _, names in shards for name in names}
+    if found != len(weight_map):
+        held = {name for shard in shards for name in shard.names}
         absent = next(name for name in weight_map if name not in held)
         raise IndexFileError(
             "a tensor of the index is not in its file",
@@ -110,7 +111,7 @@ def _read_object(file: Path, bound: int) -> dict[str, Any]:
     if size > bound:
         raise CheckpointError(f"{file.name} has {size} bytes", file=file, rule=f"at most {bound} bytes")
     try:
-        value = from_json(file.read_bytes())
+        value = from_json(file.read_bytes(), cache_strings="none")
     except ValueError as error:
         raise CheckpointError(f"{file.name} is not JSON: {error}", file=file, remedy="download it again") from None
     if not isinstance(value, dict):

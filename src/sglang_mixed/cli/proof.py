@@ -57,7 +57,8 @@ def print_proof(report: dict[str, Any], console: Console) -> None:
     verification = report["verification"]
     console.print(
         f"{report['weight_bytes']:,} bytes in memory, {report['planned_bytes']:,} planned, "
-        f"{report['bf16_bytes']:,} in 16 bits (ratio {report['compression_ratio']:.2f}); {report['bytes_read']:,} bytes read"
+        f"{report['bf16_bytes']:,} in 16 bits (ratio {report['compression_ratio']:.2f}); "
+        f"{report['bytes_read']:,} bytes read"
     )
     console.print(
         f"{verification['verified']:,} of {verification['modules']:,} modules in memory have the SHA-256 of their files"

@@ -18,6 +18,14 @@ def activate() -> str | None:
     return f"{__name__}.TorchCPUPlatform"
 
 
+def runs_on_torch_cpu() -> bool:
+    """Whether this process computes on `torch_cpu`."""
+    # SGLang resolves the platform on first access, for which it imports this very module.
+    from sglang.srt.platforms import current_platform
+
+    return isinstance(current_platform, TorchCPUPlatform)
+
+
 class TorchCPUPlatform(SRTPlatform):
     """SGLang's own scheduler, radix cache and HTTP server, computing in plain torch."""
 

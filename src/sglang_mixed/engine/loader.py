@@ -16,6 +16,7 @@ from ..plan import Plan
 from ..stream import ReadLog, stream
 from . import state
 from .arguments import Request
+from .cpu_platform import runs_on_torch_cpu
 from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
@@ -48,15 +49,16 @@ class MixedPrecisionLoader(DefaultModelLoader):
         started = time.perf_counter()
         plan = self._request.rebuild_plan()
         ledger = Ledger()
-        self._stock = StockParameters(ledger)
-        state.loading = state.Loading(plan, ledger)
+        self._stock = StockParameters(plan, ledger)
+        proof = Proof(plan, self._stock, self._log)
+        state.loading = state.Loading(plan, ledger, proof)
         try:
             model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
         finally:
             state.loading = None
-        state.proof = Proof(plan, model, self._stock, self._log, time.perf_counter() - started)
-        state.proof.start()
-        logger.info("%s", state.proof.summary())
+        proof.complete(model, time.perf_counter() - started)
+        state.proof = proof
+        logger.info("%s", proof.summary())
         return model
 
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -69,6 +71,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
             if loading.ledger.arrivals == before:
                 loading.ledger.unused.append(name)
         loading.ledger.close()
+        self._stock.filled()
+        if not runs_on_torch_cpu():
+            # SGLang's kernels repack next; after that the files' layout is gone.
+            loading.proof.check_stock()
 
 
 def is_mixed(load_config: Any) -> bool:

@@ -74,4 +74,3 @@ class CPUMoEMethod(FusedMoEMethodBase):
         weights, ids, _ = dispatch_output.topk_output
         output = moe(dispatch_output.hidden_states, ids, weights, self._experts, self._activation)
         return StandardCombineInput(hidden_states=output)
-

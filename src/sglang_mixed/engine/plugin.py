@@ -12,7 +12,8 @@ def register() -> None:
     from sglang.srt.layers.quantization import QUANTIZATION_METHODS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import arguments, routes
+    from . import arguments, cpu_logits, routes
+    from .cpu_platform import runs_on_torch_cpu
     from .quantization import NAME, MixedPrecisionQuantization
 
     arguments_path = "sglang.srt.server_args.ServerArgs"
@@ -24,6 +25,12 @@ def register() -> None:
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": routes.launch_subprocesses,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)
+    if runs_on_torch_cpu():
+        HookRegistry.register(
+            "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
+            cpu_logits.compute_lm_head,
+            HookType.AROUND,
+        )
     Engine.server_args_class = staticmethod(arguments.engine_arguments(Engine.server_args_class))
     # First in the table: SGLang lets the first method that claims a checkpoint's config have it.
     others = dict(QUANTIZATION_METHODS)

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,28 +26,29 @@ logger = logging.getLogger(__name__)
 class Proof:
     """The report of one rank's model: what came from where, what it weighs, and that memory equals the files."""
 
-    def __init__(
-        self, plan: Plan, model: torch.nn.Module, stock: StockParameters, log: ReadLog, seconds: float
-    ) -> None:
-        self._plan, self._stock, self._log, self._seconds = plan, stock, log, seconds
-        self._weights: list[CompressedWeight] = [
-            weight
-            for module in model.modules()
-            if isinstance(intake := getattr(getattr(module, "quant_method", None), "intake", None), Intake)
-            for weight in intake.weights
-        ]
+    def __init__(self, plan: Plan, stock: StockParameters, log: ReadLog) -> None:
+        self._plan, self._stock, self._log = plan, stock, log
+        self._weights: list[CompressedWeight] = []
         self._memory: dict[str, str] = {}
         self._casts: dict[str, str] = {}
-        self._state, self._verify_seconds = "running", 0.0
+        self._state = "running"
+        self._parameter_bytes = 0
+        self._seconds = self._verify_seconds = 0.0
 
-    def start(self) -> None:
-        """Verify in the background; a difference ends the server."""
+    def complete(self, model: torch.nn.Module, seconds: float) -> None:
+        """The model was ready after `seconds`: measure it, then verify in the background."""
+        for module in model.modules():
+            intake = getattr(getattr(module, "quant_method", None), "intake", None)
+            self._weights += intake.weights if isinstance(intake, Intake) else []
+        storages = [parameter.untyped_storage() for parameter in model.parameters()]
+        self._parameter_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        self._seconds = seconds
         threading.Thread(target=self._verify_or_end, name="weight-proof", daemon=True).start()
 
     @property
     def weight_bytes(self) -> int:
         """Bytes the weights occupy, measured on their storages, without padding."""
-        return total_bytes(self._weights) + self._stock.nbytes - self._stock.padding
+        return total_bytes(self._weights) + self._parameter_bytes - self._stock.padding
 
     def summary(self) -> str:
         """One line for the log."""
@@ -111,31 +111,37 @@ class Proof:
             "verified": all(tensor["memory_sha256"] for tensor in tensors.values()),
         }
 
-    def _restored(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for weight in self._weights:
-            yield from weight.restore().items()
+    def check_stock(self) -> None:
+        """Compare what SGLang's own methods hold with the files; raises ProofError."""
         for name, tensor in self._stock.tensors.items():
-            yield name, tensor.restore()
+            if name in self._memory:
+                continue
+            restored, expected = tensor.restore(), self._log.sha256[name]
+            if tensor.is_cast:
+                # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
+                self._casts[name] = str(restored.dtype).removeprefix("torch.")
+                source = self._plan.checkpoints[self._plan.source_of(name)]
+                expected = sha256(source.read_tensor(name).to(restored.dtype))
+            self._compare(name, restored, expected)
 
     def _verify(self) -> None:
-        for name, tensor in self._restored():
-            found, expected = sha256(tensor), self._log.sha256[name]
-            stock = self._stock.tensors.get(name)
-            if stock is not None and stock.is_cast:
-                # The engine holds another dtype than the file (its own choice, e.g. an FP32 norm in BF16).
-                self._casts[name] = str(tensor.dtype).removeprefix("torch.")
-                source = self._plan.checkpoints[self._plan.source_of(name)]
-                expected = sha256(source.read_tensor(name).to(tensor.dtype))
-            if found != expected:
-                raise ProofError(
-                    "a weight in memory is not what its file holds",
-                    tensor=name,
-                    rule=f"SHA-256 in memory {found[:16]}..., in the file {expected[:16]}...",
-                    remedy="check this host's memory and disk, then restart",
-                )
-            self._memory[name] = found
+        self.check_stock()
+        for weight in self._weights:
+            for name, tensor in weight.restore().items():
+                self._compare(name, tensor, self._log.sha256[name])
         if missing := set(self._log.sha256) - set(self._memory):
             raise ProofError(f"{len(missing)} tensors were read but are nowhere in memory: {sorted(missing)[:5]}")
+
+    def _compare(self, name: str, tensor: torch.Tensor, expected: str) -> None:
+        found = sha256(tensor)
+        if found != expected:
+            raise ProofError(
+                "a weight in memory is not what its file holds",
+                tensor=name,
+                rule=f"SHA-256 in memory {found[:16]}..., in the file {expected[:16]}...",
+                remedy="check this host's memory and disk, then restart",
+            )
+        self._memory[name] = found
 
     def _verify_or_end(self) -> None:
         started = time.perf_counter()

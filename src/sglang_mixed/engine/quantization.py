@@ -10,11 +10,11 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from sglang.srt.platforms import current_platform
 
 from ..errors import CoverageError, UnsupportedError
 from ..plan import PlannedModule
 from . import state
+from .cpu_platform import runs_on_torch_cpu
 from .linear import CPULinearMethod
 from .moe import CPUMoEMethod
 from .names import expert_modules, fused_parts
@@ -33,8 +33,9 @@ class MixedPrecisionQuantization(QuantizationConfig):
 
     @cached_property
     def _stock(self) -> StockMethods | None:
-        on_cpu = current_platform.is_out_of_tree() and current_platform.device_type == "cpu"
-        return None if on_cpu else StockMethods(self._loading.plan.checkpoints, self.packed_modules_mapping)
+        return (
+            None if runs_on_torch_cpu() else StockMethods(self._loading.plan.checkpoints, self.packed_modules_mapping)
+        )
 
     @classmethod
     def get_name(cls) -> str:

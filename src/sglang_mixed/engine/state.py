@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Loading:
-    """One model while it loads: its plan, and what is still expected."""
+    """One model while it loads: its plan, what is still expected, and the proof in the making."""
 
     plan: Plan
     ledger: Ledger
+    proof: Proof
 
 
 #: The model this process is loading, set by the loader and read by the quantization config.

@@ -1,4 +1,4 @@
-"""Parameters that SGLang's own methods hold (norms, embeddings, routers, biases): watched as they fill.
+"""Parameters that SGLang's own methods hold: watched as they fill, and read back where each file tensor went.
 
 Models skip names they do not know, and leave unfilled what nobody delivers, without a word. So every parameter's
 `weight_loader` is wrapped: each call strikes out the lines it fills and remembers which file tensor filled them.
@@ -15,22 +15,27 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLine
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 
+from ..formats import get_format
+from ..formats.base import Axis, TensorSpec
+from ..plan import Plan
 from .ledger import Ledger, Line
+from .names import Shard
+
+_PLACES: dict[Shard, int] = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1}
 
 
 @dataclass(slots=True)
 class StockTensor:
-    """One file tensor inside a parameter: rows [begin, begin + shape[0]) of it, cast where the dtypes differ."""
+    """One file tensor inside a parameter; the engine may hold it in another dtype than the file."""
 
     parameter: torch.nn.Parameter
-    begin: int
+    index: tuple[int | slice, ...]
     shape: torch.Size
     stored: torch.dtype
 
     def restore(self) -> torch.Tensor:
-        """The tensor as it lies in memory, without padding."""
-        data = self.parameter.data
-        return data.narrow(0, self.begin, self.shape[0]) if self.shape else data.reshape(())
+        """The tensor as it lies in memory, without padding, in the file's shape."""
+        return self.parameter.data[self.index].reshape(self.shape)
 
     @property
     def is_cast(self) -> bool:
@@ -41,10 +46,11 @@ class StockTensor:
 class StockParameters:
     """Every parameter of a model that is not a placeholder of ours."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, plan: Plan, ledger: Ledger) -> None:
+        self._plan, self._ledger = plan, ledger
         self.delivering = ""  # the checkpoint name of the tensor that is being delivered
         self.tensors: dict[str, StockTensor] = {}
+        self.padding = 0  # bytes that hold no weight, such as the rows SGLang adds to a vocabulary
         self._parameters: list[torch.nn.Parameter] = []
 
     def watch(self, model: torch.nn.Module) -> None:
@@ -61,35 +67,38 @@ class StockParameters:
                     self._ledger.expect(line)
                 self._wrap(module, parameter, lines)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory of all stock parameters, padding included."""
-        return sum(parameter.untyped_storage().nbytes() for parameter in self._parameters)
-
-    @property
-    def padding(self) -> int:
-        """Bytes that hold no weight (rows SGLang adds to a vocabulary)."""
+    def filled(self) -> None:
+        """All weights have arrived, and no kernel has repacked them yet: note what is padding."""
         held = sum(tensor.restore().nbytes for tensor in self.tensors.values())
-        return self.nbytes - held
+        self.padding = sum(parameter.nbytes for parameter in self._parameters) - held
 
     def _wrap(self, module: torch.nn.Module, parameter: torch.nn.Parameter, lines: list[Line]) -> None:
         original = getattr(parameter, "weight_loader", default_weight_loader)
 
         def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             shard = kwargs.get("shard_id", args[0] if args and "expert_id" not in kwargs else None)
-            filled = [line for line in lines if _fills(line, shard, kwargs.get("expert_id"))]
+            expert = kwargs.get("expert_id")
+            # A call without a shard delivers all of them at once (tensors that are fused on disk).
+            filled = [line for line in lines if line.expert == expert and shard in (None, line.shard)]
             for line in filled:
                 self._ledger.arrive(line)
             if filled:
-                begin = _begin(module, filled[0].shard)
-                self.tensors[self.delivering] = StockTensor(param, begin, loaded_weight.shape, loaded_weight.dtype)
+                index = _index(module, shard, expert, self._spec(loaded_weight), param)
+                self.tensors[self.delivering] = StockTensor(param, index, loaded_weight.shape, loaded_weight.dtype)
             return original(param, loaded_weight, *args, **kwargs)
 
-        attribute = "_weight_loader" if isinstance(getattr(type(parameter), "weight_loader", None), property) else None
-        setattr(parameter, attribute or "weight_loader", load)
+        # SGLang's typed parameters have a read-only property of that name.
+        own = isinstance(getattr(type(parameter), "weight_loader", None), property)
+        setattr(parameter, "_weight_loader" if own else "weight_loader", load)
+
+    def _spec(self, tensor: torch.Tensor) -> TensorSpec:
+        name, _, local = self.delivering.rpartition(".")
+        planned = self._plan.modules[name].format
+        specs = get_format(planned.name).tensors(planned.parameters, planned.shape)
+        return specs.get(local) or TensorSpec((), tuple(tensor.shape), (Axis("out"),) * tensor.dim())
 
 
-def _slots(module: torch.nn.Module, name: str) -> Iterator[tuple[str | int | None, int | None]]:
+def _slots(module: torch.nn.Module, name: str) -> Iterator[tuple[Shard, int | None]]:
     if isinstance(module, QKVParallelLinear):
         yield from (("q", None), ("k", None), ("v", None))
     elif isinstance(module, MergedColumnParallelLinear):
@@ -102,14 +111,27 @@ def _slots(module: torch.nn.Module, name: str) -> Iterator[tuple[str | int | Non
         yield None, None
 
 
-def _fills(line: Line, shard: str | int | None, expert: int | None) -> bool:
-    """A call without a shard delivers all of them at once (tensors that are fused on disk)."""
-    return line.expert == expert and (shard is None or line.shard == shard)
+def _index(
+    module: Any, shard: Shard, expert: int | None, spec: TensorSpec, parameter: torch.Tensor
+) -> tuple[int | slice, ...]:
+    """Where a file tensor lies in the parameter: its expert, and its rows of the fused matrix."""
+    before: tuple[int, ...] = ()
+    if expert is not None:
+        before = (expert % module.num_local_experts,)
+    place = _PLACES.get(shard, shard)
+    axis = next((dim for dim, one in enumerate(spec.axes) if one.role == "out"), None)
+    if axis is None:
+        # A per-tensor scale: one entry a part, or one for all.
+        return (*before, place) if isinstance(place, int) and parameter.dim() > len(before) else before
+    begin = 0
+    if isinstance(place, int):
+        sizes = _part_rows(module)
+        begin = spec.axes[axis].length(sum(sizes[:place]))
+    rows = slice(begin, begin + spec.shape[axis])
+    return (*before, *(slice(None) for _ in range(axis)), rows)
 
 
-def _begin(module: torch.nn.Module, shard: str | int | None) -> int:
-    if shard is None or isinstance(module, FusedMoE):
-        return 0
-    index = {"q": 0, "k": 1, "v": 2}[shard] if isinstance(shard, str) else shard
-    sizes: Any = module.output_partition_sizes
-    return sum(sizes[:index])
+def _part_rows(module: Any) -> list[int]:
+    if isinstance(module, FusedMoE):
+        return [module.intermediate_size_per_partition] * 2
+    return list(module.output_partition_sizes)

@@ -17,6 +17,7 @@ __all__ = ["KERNELS", "Layout", "LinearKernel", "Tensors", "cpu_kernel", "get_ke
 #: name -> module:class, in the order they are asked; chunked takes what the others leave.
 KERNELS: dict[str, str] = {
     "plain": "plain:Plain",
+    "small": "chunked:Small",
     "int4": "int4:Int4",
     "int8": "int8:Int8",
     "fp8": "fp8:FP8",

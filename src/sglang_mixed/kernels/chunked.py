@@ -1,4 +1,7 @@
-"""The fallback: any format, decoded by its own reference a few rows at a time. Correct, not fast."""
+"""Any format, decoded by its own reference a few rows at a time: exactly what the dequantized model computes.
+
+The fallback of what no faster kernel takes, and the kernel of small weights, where speed is not to be had.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,19 @@ import torch
 
 from ..errors import UnsupportedError
 from ..formats import ModuleFormat, get_format
-from .base import FileLayout
+from .base import FileLayout, Layout, Tensors
+from .fp8 import refuse_nan
+from .implied import implied, without_implied
 from .panels import compute_dtype, linear_by_panels
 
 # The references work in float32 and int16, several temporaries at once.
 CHUNK_VALUES = 1 << 18
+#: Up to here every kernel's time is mostly the calls themselves.
+SMALL_VALUES = 1 << 20
 
 
 class Chunked(FileLayout):
-    """Every registered format, in the file's own layout."""
+    """Every registered format, in the file's own layout but for what the parameters imply."""
 
     name = "chunked"
 
@@ -25,11 +32,26 @@ class Chunked(FileLayout):
         """Everything."""
         return True
 
+    def layout(self, format: ModuleFormat) -> Layout:
+        """The checkpoint's own tensors, without the implied ones."""
+        left_out = implied(format)
+        return {name: kept for name, kept in super().layout(format).items() if name not in left_out}
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
+        """The same tensors; implied ones are checked."""
+        if format.name == "fp8":
+            refuse_nan(tensors["weight"])
+        return super().pack(without_implied(tensors, format), format)
+
+    def unpack(self, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
+        """The same tensors, and the implied ones."""
+        return {**resident, **implied(format)}
+
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
         """Dequantize in chunks of rows that end where the packed units of every tensor end."""
         if len(format.shape) != 2:
             raise UnsupportedError(f"a weight of shape {list(format.shape)} is not a linear layer's", rule="[out, in]")
-        reference = get_format(format.name)
+        reference, resident = get_format(format.name), {**resident, **implied(format)}
         specs = reference.tensors(format.parameters, format.shape)
         axes = {name: specs[name].axes for name in resident}
         unit = math.lcm(*(axis.values for each in axes.values() for axis in each if axis.role == "out"))
@@ -46,3 +68,13 @@ class Chunked(FileLayout):
 
         strip = math.ceil(CHUNK_VALUES / format.shape[1] / unit) * unit
         return linear_by_panels(x, format.shape, decode, strip)
+
+
+class Small(Chunked):
+    """Quantized matrices so small that a call costs its overhead: they may as well be exact to the last bit."""
+
+    name = "small"
+
+    def takes(self, format: ModuleFormat) -> bool:
+        """At most SMALL_VALUES weights."""
+        return format.name != "plain" and len(format.shape) == 2 and math.prod(format.shape) <= SMALL_VALUES

@@ -29,13 +29,13 @@ def fp8_gemv(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """e4m3 [out, in] times x float32 [blocks, in], row block i of W meeting row i of x -> float32 [out]."""
     words = weight.view(torch.int32).view(len(x), -1, weight.shape[1] // 4)
     by_byte = x.mul(X_POWER).view(len(x), -1, 4).transpose(1, 2).contiguous()
-    with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-        return _compiled()(words, by_byte).mul_(Y_POWER)
+    return _compiled()(words, by_byte).mul_(Y_POWER)
 
 
 @functools.cache
 def _compiled() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    # One graph for all shapes would divide in its inner loop and take twice as long.
+    # One graph for all shapes would divide in its inner loop and take twice as long; a model has a dozen shapes.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
     return torch.compile(_word_gemv, dynamic=False, options=OPTIONS)
 
 

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from ..formats import ModuleFormat
-from .base import LinearKernel
-
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Weight:
-    """One packed weight with what runs it; call it like a linear layer."""
-
-    kernel: LinearKernel
-    resident: Mapping[str, torch.Tensor]
-    format: ModuleFormat
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] -> [rows, out]."""
-        return self.kernel.linear(x, self.resident, self.format)
+#: x [rows, in] -> [rows, out], the weight and its format bound.
+Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expert:
-    """gate and up [intermediate, hidden], one weight each or one of both on top of each other, and down."""
+    """gate and up [intermediate, hidden], a linear each or one for both stacked; down [hidden, intermediate]."""
 
-    gate_up: Sequence[Weight]
-    down: Weight
+    gate_up: Sequence[Linear]
+    down: Linear
 
 
 def moe(
@@ -58,7 +46,7 @@ def moe(
     return y.to(x.dtype)
 
 
-def _halves(gate_up: Sequence[Weight], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    both = gate_up[0](x) if len(gate_up) == 1 else torch.cat([weight(x) for weight in gate_up], 1)
+def _halves(gate_up: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    both = gate_up[0](x) if len(gate_up) == 1 else torch.cat([linear(x) for linear in gate_up], 1)
     gate, up = both.chunk(2, 1)
     return gate, up

@@ -20,7 +20,7 @@ from .base import FileLayout, Tensors
 from .panels import STRIP_VALUES, linear_by_panels, spans
 
 #: Up to so many rows the products run in float16, whose GEMM is the faster one until matrix units pay.
-FEW_ROWS = 8
+FEW_ROWS = 4
 #: Scales are spread over columns once per call; smaller row blocks would make that a copy of W.
 MIN_BLOCK_ROWS = 32
 NAN_CODE = 0x7F
@@ -41,15 +41,7 @@ class FP8(FileLayout):
 
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """The tensors as they are, if no weight is NaN."""
-        octets = tensors["weight"].view(torch.uint8)
-        for start, stop in spans(0, len(octets), 1024):
-            if bool((octets[start:stop] & NAN_CODE == NAN_CODE).any()):
-                raise FormatError(
-                    f"a weight in rows {start} to {stop - 1} is NaN",
-                    tensor="weight",
-                    rule="e4m3 codes 0x7F and 0xFF are no numbers",
-                    remedy="export the checkpoint again, or map this module to another source",
-                )
+        refuse_nan(tensors["weight"])
         return super().pack(tensors, format)
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
@@ -67,6 +59,19 @@ class FP8(FileLayout):
         return _by_scaled_panels(x, weight, spread, p.block[0])
 
 
+def refuse_nan(weight: torch.Tensor) -> None:
+    """FormatError if an e4m3 weight holds a NaN code: every bit trick would read it as a number."""
+    octets = weight.view(torch.uint8)
+    for start, stop in spans(0, len(octets), 1024):
+        if bool((octets[start:stop] & NAN_CODE == NAN_CODE).any()):
+            raise FormatError(
+                f"a weight in rows {start} to {stop - 1} is NaN",
+                tensor="weight",
+                rule="e4m3 codes 0x7F and 0xFF are no numbers",
+                remedy="export the checkpoint again, or map this module to another source",
+            )
+
+
 def _few_rows(weight: torch.Tensor, x: torch.Tensor, block: int) -> torch.Tensor:
     """uint8 [out, in] times x float32 [blocks, rows, in], each `block` rows of W meeting their own x -> [rows, out]."""
     (out_features, in_features), num_rows = weight.shape, x.shape[1]
@@ -74,8 +79,8 @@ def _few_rows(weight: torch.Tensor, x: torch.Tensor, block: int) -> torch.Tensor
         return compiled.fp8_gemv(weight, x[:, 0])[None]
     # |w·2⁻⁸| < 2: with |x| < 2^room no sum can leave float16.
     room = 15 - math.ceil(math.log2(in_features))
-    power = torch.frexp(x.abs().amax(2, keepdim=True)).exponent
-    x16, unit = torch.ldexp(x, room - power).half(), torch.ldexp(torch.ones(()), power + (8 - room))
+    fraction, power = torch.frexp(x.abs().amax(2, keepdim=True))
+    x16, unit = torch.ldexp(x, room - power).half(), torch.ldexp(torch.ones_like(fraction), power + (8 - room))
     strip = max(1, 2 * STRIP_VALUES // in_features)
     buffer = torch.empty(min(strip, out_features), in_features, dtype=torch.int16)
     y = torch.empty(num_rows, out_features)

@@ -10,17 +10,18 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import InconsistentFormatError, UnsupportedError
+from ..errors import UnsupportedError
 from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
 from ..formats.gptq import GPTQParameters, unpack
 from .base import Layout, Tensors, aligned, owned
+from .implied import implied, without_implied
 from .nibbles import TILE, decode_rows, layout_is_known, pack_rows, rows_of_halves, signed_halves, tiles
 from .panels import PANEL_BYTES, compute_dtype, spans
 
 GROUPS = frozenset((32, 64, 128, 256))
 #: From here on decoding to panels beats torch's kernel, which decodes W again for every four rows of x.
-MANY_ROWS = 32
+MANY_ROWS = 40
 
 
 class Int4:
@@ -51,18 +52,11 @@ class Int4:
 
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """Reorder the nibbles; constant zeros and consecutive g_idx are checked, then left out."""
-        p: GPTQParameters = format.parameters
-        order = _sorting(tensors.get("g_idx"), p, format.shape[1])
-        resident = {"nibbles": pack_rows(tensors["qweight"], order), "scales": owned(tensors["scales"])}
-        if not p.symmetric:
-            resident["qzeros"] = owned(tensors["qzeros"])
-        elif bool((tensors["qzeros"] != _constant_zeros(p)).any()):
-            raise InconsistentFormatError(
-                "config.json says symmetric, and the zero points differ",
-                tensor="qzeros",
-                rule=f"symmetric 4 bits store {8 - p.zero_offset} everywhere",
-                remedy='set "sym": false in quantization_config',
-            )
+        kept = without_implied(tensors, format)
+        order = _sorting(kept["g_idx"], format.parameters) if "g_idx" in kept else None
+        resident = {"nibbles": pack_rows(kept["qweight"], order), "scales": owned(kept["scales"])}
+        if "qzeros" in kept:
+            resident["qzeros"] = owned(kept["qzeros"])
         if order is not None:
             resident["permutation"] = order.to(torch.int32)
         return resident
@@ -74,10 +68,10 @@ class Int4:
         qweight = torch.empty(columns // 8, rows, dtype=torch.int32)
         for low, high in tiles(rows):
             qweight[:, low:high] = _to_words(decode_rows(resident["nibbles"], low, high)[place])
-        shape = len(resident["scales"]), rows // 8
-        zeros = torch.full(shape, _constant_zeros(p), dtype=torch.int32) if p.symmetric else resident["qzeros"]
-        tensors = {"qweight": qweight, "qzeros": zeros, "scales": resident["scales"]}
-        if p.has_g_idx:
+        tensors = {"qweight": qweight, "scales": resident["scales"], **implied(format)}
+        if not p.symmetric:
+            tensors["qzeros"] = resident["qzeros"]
+        if p.act_order:
             tensors["g_idx"] = (torch.arange(columns, dtype=torch.int32) // p.group_size)[place]
         return tensors
 
@@ -100,7 +94,7 @@ def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQParamet
     zeros = _zero_points(resident["qzeros"], p).sub_(8).neg_() * scales.float()
     both[..., 0], both[..., 1] = scales, zeros
     y = torch._weight_int4pack_mm_for_cpu(x, nibbles, p.group_size, both)
-    sums = x.float().view(len(x), -1, p.group_size).sum(-1)
+    sums = x.float().view(len(x), len(scales), p.group_size).sum(-1)
     return y.float().addmm_(sums, zeros - both[..., 1].float()).to(x.dtype)
 
 
@@ -108,28 +102,30 @@ def _by_panels(x: torch.Tensor, resident: Mapping[str, torch.Tensor], p: GPTQPar
     """[rows, in] times panels of Wᵀ [in, some out], decoded a tile of torch's layout at a time."""
     columns, (groups, rows), dtype = x.shape[1], resident["scales"].shape, compute_dtype(x)
     # What is decoded is 16·(q - 8), see nibbles.signed_halves.
-    scales, zeros = (resident["scales"].to(dtype) / 16).unsqueeze(1), None
-    if not p.symmetric:
-        zeros = _zero_points(resident["qzeros"], p).sub_(8).mul_(16).to(dtype).unsqueeze(1)
+    # Zero points may make groups cancel out, which leaves no room for rounded scales: float32.
+    zeros = None if p.symmetric else _zero_points(resident["qzeros"], p).sub_(8).mul_(16).unsqueeze(1)
+    work = dtype if zeros is None else torch.float32
+    scales = (resident["scales"].to(work) / 16).unsqueeze(1)
     width = max(1, PANEL_BYTES // (dtype.itemsize * columns * TILE)) * TILE
     panel, y, x_cast = torch.empty(columns, min(width, rows), dtype=dtype), x.new_empty(len(x), rows), x.to(dtype)
     for start, stop in spans(0, rows, width):
         for low, high in tiles(stop, start):
             halves = signed_halves(resident["nibbles"], low, high)
             for half, own in zip(halves, rows_of_halves(low, high), strict=True):
-                codes = half.to(dtype).view(groups, p.group_size, -1)
-                if zeros is not None:
-                    codes.sub_(zeros[..., own])
+                codes = half.to(work).view(groups, p.group_size, -1)
                 target = panel.view(groups, p.group_size, -1)[..., own.start - start : own.stop - start : own.step]
-                torch.mul(codes, scales[..., own], out=target)
+                if zeros is None:
+                    torch.mul(codes, scales[..., own], out=target)
+                else:
+                    target.copy_(codes.sub_(zeros[..., own]).mul_(scales[..., own]))
         y[:, start:stop] = x_cast @ panel[:, : stop - start]
     return y
 
 
 def _bf16_bits(scales: torch.Tensor) -> torch.Tensor:
     """int32 whose low half is the scale rounded to bf16 and whose high half, the zero in memory, is 0."""
-    bits = scales.float().view(torch.int32) + 0x8000
-    return bits.__irshift__(16).bitwise_and_(0xFFFF)
+    # By way of float32, for which torch has vector conversions.
+    return scales.float().to(torch.bfloat16).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
 
 
 def _zero_points(qzeros: torch.Tensor, p: GPTQParameters) -> torch.Tensor:
@@ -137,24 +133,16 @@ def _zero_points(qzeros: torch.Tensor, p: GPTQParameters) -> torch.Tensor:
     return unpack(qzeros.t(), 4).t().to(torch.float32, memory_format=torch.contiguous_format).add_(p.zero_offset)
 
 
-def _constant_zeros(p: GPTQParameters) -> int:
-    """The int32 word of eight symmetric zero points."""
-    word = (8 - p.zero_offset) * 0x11111111
-    return word - (1 << 32) if word >> 31 else word
-
-
-def _sorting(g_idx: torch.Tensor | None, p: GPTQParameters, columns: int) -> torch.Tensor | None:
-    """int64 [in] that sorts act-order's g_idx into whole consecutive groups; None where it is consecutive."""
-    if g_idx is None:
-        return None
-    order = torch.argsort(g_idx, stable=True) if p.act_order else torch.arange(columns)
-    if torch.equal(g_idx[order], torch.arange(columns, dtype=g_idx.dtype) // p.group_size):
-        return order if p.act_order else None
-    problem = "g_idx does not give every group the same number of columns"
-    if p.act_order:
-        raise UnsupportedError(problem, tensor="g_idx", rule=f"{p.group_size} columns of each group")
-    remedy = 'set "desc_act": true in quantization_config if the quantizer used act-order'
-    raise InconsistentFormatError("g_idx is not consecutive", tensor="g_idx", rule="no desc_act", remedy=remedy)
+def _sorting(g_idx: torch.Tensor, p: GPTQParameters) -> torch.Tensor:
+    """int64 [in] that sorts act-order's g_idx into whole consecutive groups."""
+    order = torch.argsort(g_idx, stable=True)
+    if not torch.equal(g_idx[order], torch.arange(len(g_idx), dtype=g_idx.dtype) // p.group_size):
+        raise UnsupportedError(
+            "g_idx does not give every group the same number of columns",
+            tensor="g_idx",
+            rule=f"{p.group_size} columns of each group",
+        )
+    return order
 
 
 def _to_words(codes: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,12 @@ import torch
 
 from ..formats import ModuleFormat
 from .base import FileLayout, aligned, is_aligned
+from .panels import linear_by_panels
 
-#: Up to so many rows torch's weight-only kernel, which reads W once per row or two, beats two integer products.
-FEW_ROWS = 2
+#: Up to so many rows torch's weight-only kernel, which converts W once for every four, beats the integer products.
+FEW_ROWS = 4
+#: From here on one bf16 product beats two integer ones with their sums.
+MANY_ROWS = 256
 #: |int8 · int8| <= 2¹⁴, so an int32 sum holds so many.
 MAX_COLUMNS = 1 << 17
 
@@ -26,11 +29,14 @@ class Int8(FileLayout):
         return format.name == "int8" and format.shape[1] < MAX_COLUMNS and _integers_are_exact()
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
-        """Few rows: weight-only kernel; more: integer products."""
+        """Few rows: weight-only kernel; more: integer products; many: bf16 panels of unscaled integers, exact too."""
         weight, scale = resident["weight"], resident[format.parameters.scale_name].reshape(-1)
         # The weight-only kernel reads 16 columns at once, aligned; anything else is a crash, not an error.
         if 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0 and is_aligned(weight):
             return torch._weight_int8pack_mm(aligned(x), weight, scale.to(x.dtype).expand(len(weight)).contiguous())
+        if x.shape[0] >= MANY_ROWS and x.dtype == torch.bfloat16:
+            y = linear_by_panels(x, format.shape, lambda start, stop, target: target.copy_(weight[start:stop]))
+            return y.float().mul_(scale.float()).to(x.dtype)
         return _two_halves(x, weight, scale)
 
 
@@ -38,12 +44,10 @@ def _two_halves(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> t
     """x ≈ (256·high + low)·step with 16 bits per row: the error is below K / 2³³ of the output's energy."""
     x32 = x.float()
     step = x32.abs().amax(1, keepdim=True).div_(32512).clamp_min_(torch.finfo(torch.float32).tiny)
-    whole = x32.div_(step).round_()
-    high = whole.add(128).div_(256).floor_()
-    halves = torch.cat([high, whole.sub_(high, alpha=256)]).to(torch.int8)
-    product = torch._int_mm(halves, weight.t()).float()
-    y = product[: len(x)].mul_(256).add_(product[len(x) :])
-    return y.mul_(step).mul_(scale.float()).to(x.dtype)
+    whole = (x32 / step).round_().to(torch.int16)
+    halves = torch.cat([(whole + 128).__irshift__(8), whole]).to(torch.int8)  # the low one wraps, as it should
+    high, low = torch._int_mm(halves, weight.t()).float().chunk(2)
+    return low.add_(high, alpha=256).mul_(step).mul_(scale.float()).to(x.dtype)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ..checkpoint import Checkpoint
 from ..errors import CoverageError, FormatError, ShapeError
@@ -11,6 +11,15 @@ from ..formats import ModuleFormat, TensorInfo
 from .fold import fold
 from .plan import PlannedModule
 from .resolve import Assignment
+
+
+class Verdict(NamedTuple):
+    """What holds for every module whose tensors are these, in the source and in the base."""
+
+    format: ModuleFormat
+    tensors: tuple[str, ...]
+    bias: str | None
+    has_needless_bias: bool
 
 
 def cover(
@@ -21,30 +30,45 @@ def cover(
     planned: dict[str, PlannedModule] = {}
     missing: list[str] = []
     needless: list[str] = []
+    verdicts: dict[tuple[object, ...], Verdict] = {}
+    base_kinds, is_quantized = base.modules.kinds, bool(base.quantization)
     for module, rule in assignment.rules.items():
         source = assignment.default if rule is None else rule.source
         checkpoint = checkpoints[source]
-        tensors, expected = checkpoint.modules.get(module), base.modules[module]
-        if tensors is None:
+        kind = checkpoint.modules.kinds.get(module)
+        if kind is None:
             missing.append(module)
             continue
-        base_format = _format(base, module)
-        if checkpoint is base:
-            found = base_format
-        else:
-            if "bias" in tensors and "bias" not in expected:
-                needless.append(module)
-                tensors = {local: info for local, info in tensors.items() if local != "bias"}
-            found = _format(checkpoint, module, tensors)
-            if found.shape != base_format.shape:
-                _refuse_shape(module, found, base_format, checkpoint, source, reference)
-            if len(expected) > 1:
-                _check_parts(module, expected, base_format, tensors, checkpoint, assignment)
-        bias = tensors.get("bias") if len(tensors) > 1 else None
-        planned[module] = PlannedModule(module, source, found, tuple(tensors), bias.dtype if bias else None)
+        # Only a quantization config makes modules of one kind differ; each kind is judged once.
+        found = _format(checkpoint, module) if checkpoint.quantization else None
+        expected = _format(base, module) if is_quantized else None
+        key = source, kind, base_kinds[module], id(found), id(expected)
+        verdict = verdicts.get(key)
+        if verdict is None:
+            verdict = verdicts[key] = _judge(module, source, reference, checkpoints, assignment)
+        if verdict.has_needless_bias:
+            needless.append(module)
+        planned[module] = PlannedModule(module, source, verdict.format, verdict.tensors, verdict.bias)
     if missing:
         _refuse_missing(missing, checkpoints, assignment)
     return planned, _warn_needless(needless)
+
+
+def _judge(
+    module: str, source: str, reference: str, checkpoints: Mapping[str, Checkpoint], assignment: Assignment
+) -> Verdict:
+    checkpoint, base = checkpoints[source], checkpoints[reference]
+    found, expected = _format(checkpoint, module), _format(base, module)
+    tensors, base_tensors = checkpoint.modules[module], base.modules[module]
+    needless = "bias" in tensors and "bias" not in base_tensors
+    if needless:
+        tensors = {local: info for local, info in tensors.items() if local != "bias"}
+        found = _format(checkpoint, module, tensors)
+    if found.shape != expected.shape:
+        _refuse_shape(module, found, expected, checkpoint, source, reference)
+    _check_parts(module, base_tensors, expected, tensors, checkpoint, assignment)
+    bias = tensors.get("bias") if len(tensors) > 1 else None
+    return Verdict(found, tuple(tensors), bias.dtype if bias else None, needless)
 
 
 def _format(checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo] | None = None) -> ModuleFormat:

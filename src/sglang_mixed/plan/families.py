@@ -57,8 +57,8 @@ _CUT_OUT = frozenset(
     )
 )
 _CUT_IN = frozenset(("o_proj", "down_proj", "w2"))
-#: Far more layers than any model appends for multi-token prediction.
-_MAX_EXTRA_LAYERS = 64
+#: More layers than any model appends for multi-token prediction.
+_MAX_EXTRA_LAYERS = 8
 
 #: Config fields that make a model's weights what they are, each under every name it goes by.
 BASE_FIELDS: tuple[tuple[str, ...], ...] = (
@@ -90,7 +90,10 @@ def base_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields by which two configs must agree; those that a config leaves out are left out here."""
     text = text_config(config)
     rope = text.get("rope_parameters")  # transformers 5 moved rope_theta there
-    merged = {**rope, **text} if isinstance(rope, Mapping) else dict(text)
+    merged = {
+        **(rope if isinstance(rope, Mapping) else {}),
+        **{key: one for key, one in text.items() if one is not None},
+    }
     found = {names[0]: merged.get(name) for names in BASE_FIELDS for name in names if merged.get(name) is not None}
     if config.get("architectures"):
         found["architectures"] = config["architectures"]
@@ -118,11 +121,9 @@ def never_loaded(modules: Iterable[str], config: Mapping[str, Any]) -> set[str]:
     }
 
 
-def fused_group(name: str) -> tuple[str, str] | None:
-    """(parent, matrix) of the fused matrix that this module is a part of, an expert's own included."""
-    parent, _, last = name.rpartition(".")
-    matrix = (_EXPERT if expert_of(parent) else _FUSED).get(last)
-    return (parent, matrix) if matrix else None
+def fused_matrices(parent: str) -> Mapping[str, str]:
+    """Last name part -> the matrix it is a part of, below a dotted prefix (an expert's, or any other)."""
+    return _EXPERT if expert_of(parent) else _FUSED
 
 
 def expert_of(parent: str) -> tuple[str, int] | None:
@@ -131,9 +132,9 @@ def expert_of(parent: str) -> tuple[str, int] | None:
     return (owner, int(number)) if owner.endswith(".experts") and number.isdecimal() else None
 
 
-def is_compared(name: str) -> bool:
-    """Whether the module proves two checkpoints to be one base model: norms, routers and embeddings."""
-    return name.endswith(_COMPARED)
+def compared(modules: Iterable[str]) -> list[str]:
+    """The modules that prove two checkpoints to be one base model: norms, routers and embeddings."""
+    return [name for name in modules if name.endswith(_COMPARED)]
 
 
 def is_embedding(name: str) -> bool:

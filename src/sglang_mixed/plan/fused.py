@@ -10,7 +10,7 @@ from ..checkpoint import Checkpoint
 from ..errors import FusedGroupError
 from ..formats import ModuleFormat, get_format
 from ..patterns import parse_pattern
-from .families import expert_of, fused_group
+from .families import expert_of, fused_matrices
 from .fold import fold
 from .plan import PlannedModule
 from .resolve import Assignment
@@ -36,11 +36,17 @@ def check_fused_groups(
 
 def running_together(name: str) -> Group | None:
     """The group whose members must be alike today: a fused matrix, or all experts' matrices of a kind in one layer."""
-    group = fused_group(name)
-    if group is None:
-        return None
-    expert = expert_of(group[0])
-    return (expert[0], group[1]) if expert else group
+    parent, _, last = name.rpartition(".")
+    owner, matrices = _owner(parent)
+    matrix = matrices.get(last)
+    return (owner, matrix) if matrix else None
+
+
+@lru_cache(maxsize=65_536)
+def _owner(parent: str) -> tuple[str, Mapping[str, str]]:
+    """What the matrices below a parent belong to (all experts of a layer to one), and which parts they have."""
+    expert = expert_of(parent)
+    return (expert[0] if expert else parent), fused_matrices(parent)
 
 
 @lru_cache(maxsize=65_536)

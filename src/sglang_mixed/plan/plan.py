@@ -89,9 +89,9 @@ class Plan:
             wanted[module.source].update([join(module.name, local) for local in module.tensors])
         for source, checkpoint in self.checkpoints.items():
             for file, shard in enumerate(checkpoint.shards):
-                places = [place for place, name in enumerate(shard.names) if name in wanted[source]]
-                if places:
-                    yield source, shard.path, [(shard.names[place], shard.entry(file, place)) for place in places]
+                names = [name for name in shard.names if name in wanted[source]]
+                if names:
+                    yield source, shard.path, [(name, shard.entry(file, name)) for name in names]
 
     def module_bytes(self, module: PlannedModule) -> int:
         """Bytes in memory of one module on one rank that holds all of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,16 @@ def source_at(described: MixedPrecisionMap, path: Path | None) -> str | None:
 
 
 def assign(
-    described: MixedPrecisionMap, default: str, modules: Mapping[str, Iterable[str]], skipped: set[str]
+    described: MixedPrecisionMap, default: str, modules: Mapping[str, Collection[str]], skipped: set[str]
 ) -> Assignment:
     """Resolve every rule: an exact name beats a pattern; among either, the later line wins.
 
     `modules`: module -> its local names in the base. Raises PatternError for a rule that names none of them.
     """
-    tree = NameTree({name: _nameable(tensors) for name, tensors in modules.items() if name not in skipped})
-    decided: dict[str, Rule | None] = dict.fromkeys(name for name in modules if name not in skipped)
+    decided: dict[str, Rule | None] = dict.fromkeys(modules)
+    for name in skipped:
+        del decided[name]
+    tree = NameTree(decided, lambda name: _nameable(modules[name]))
     parsed = list(zip(described.rules, described.patterns(), strict=True))
     for rule, pattern in sorted(parsed, key=lambda pair: pair[1].exact):
         matched = tree.match(pattern)
@@ -77,12 +79,11 @@ def idle_rules(described: MixedPrecisionMap, assignment: Assignment) -> list[Rul
     return [rule for rule in described.rules if rule not in active]
 
 
-def _nameable(tensors: Iterable[str]) -> tuple[str, ...]:
+def _nameable(tensors: Collection[str]) -> tuple[str, ...]:
     """Local names by which a map may name the module: `weight`, or else what a module without one consists of."""
-    if len(locals_ := tuple(tensors)) == 1:
-        return locals_
-    quantized = any(name in locals_ for name in ("weight", "qweight", "weight_packed"))
-    return _WEIGHT if quantized else locals_
+    if "weight" in tensors or "qweight" in tensors or "weight_packed" in tensors:
+        return _WEIGHT
+    return tuple(tensors)
 
 
 def _unmatched(
@@ -90,7 +91,7 @@ def _unmatched(
 ) -> PatternError:
     templates = by_template(modules)
     beneath = [name for name in modules if name.startswith(rule.pattern.removesuffix(".weight") + ".")]
-    if skipped and NameTree(dict.fromkeys(skipped, _WEIGHT)).match(pattern):
+    if skipped and NameTree(skipped, lambda _: _WEIGHT).match(pattern):
         hint, remedy = "", "delete the line: it names only weights that the engine never loads"
     elif beneath:
         hint, remedy = "", f'"{rule.pattern}" is a prefix, not a weight: write "{rule.pattern}.**"'

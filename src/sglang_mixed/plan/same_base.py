@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..checkpoint import Checkpoint, Entry, join, opened, read_into
 from ..errors import DifferentBaseError
 from ..formats.base import ITEM_BYTES
-from .families import base_facts, is_compared, is_embedding, norm_readers
+from .families import base_facts, compared, is_embedding, norm_readers
 
 #: |a - b| <= RELATIVE * |a| + ABSOLUTE: one BF16 rounding, or an FP16 one of a small value.
 RELATIVE, ABSOLUTE = 2.0**-7, 2.0**-20
@@ -56,7 +56,7 @@ def check_configs(reference: Path, expected: Mapping[str, Any], configs: Mapping
 
 def compare_weights(base: Checkpoint, other: Checkpoint) -> Comparison:
     """Compare the base's norms, routers and embeddings with another source's, where both hold them in floats."""
-    names = [name for name in base.modules if is_compared(name) and _comparable(base, other, name)]
+    names = [name for name in compared(base.modules) if _comparable(base, other, name)]
     ours, theirs = _samples(other, names), _samples(base, names)
     differing = {}
     for name in names:

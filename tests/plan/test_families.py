@@ -1,0 +1,85 @@
+"""What weight names mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_mixed.plan.families import base_facts, cut_role, never_loaded, norm_readers, num_experts
+from sglang_mixed.plan.fused import running_together
+
+LAYER = "model.layers.3"
+
+
+def below(*names: str) -> dict[str, object]:
+    return {f"{LAYER}.{name}": None for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("self_attn.q_proj", ("self_attn", "qkv_proj")),
+        ("self_attn.o_proj", None),
+        ("mlp.up_proj", ("mlp", "gate_up_proj")),
+        ("mlp.experts.7.up_proj", ("mlp.experts", "w13")),
+        ("mlp.experts.7.down_proj", ("mlp.experts", "w2")),
+        ("mlp.shared_expert.up_proj", ("mlp.shared_expert", "gate_up_proj")),
+        ("block_sparse_moe.experts.0.w3", ("block_sparse_moe.experts", "w13")),
+        ("self_attn.kv_a_proj_with_mqa", ("self_attn", "fused_qkv_a_proj")),
+        ("mlp.gate", None),
+    ],
+)
+def test_fused_groups(name: str, group: tuple[str, str] | None) -> None:
+    expected = (f"{LAYER}.{group[0]}", group[1]) if group else None
+    assert running_together(f"{LAYER}.{name}") == expected
+
+
+def test_readers_of_norms() -> None:
+    modules = below(
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate",
+        "mlp.experts.0.gate_proj", "mlp.experts.0.up_proj", "mlp.experts.0.down_proj",
+        "mlp.experts.1.gate_proj", "mlp.experts.1.up_proj", "mlp.shared_expert.up_proj",
+    ) | {"lm_head": None}  # fmt: skip
+    assert len(norm_readers(f"{LAYER}.input_layernorm", modules)) == 3
+    readers = norm_readers(f"{LAYER}.post_attention_layernorm", modules)
+    assert f"{LAYER}.mlp.experts.1.up_proj" in readers and f"{LAYER}.mlp.gate" in readers
+    assert not any("down_proj" in name for name in readers) and len(readers) == 6
+    assert norm_readers(f"{LAYER}.self_attn.q_norm", modules) == []
+    assert norm_readers("model.norm", modules) == ["lm_head"]
+    assert norm_readers("model.norm", {}) == []
+
+
+def test_latent_attention_and_sandwich_norms() -> None:
+    latent = below("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj", "self_attn.kv_b_proj")
+    assert len(norm_readers(f"{LAYER}.input_layernorm", latent)) == 2
+    assert norm_readers(f"{LAYER}.self_attn.kv_a_layernorm", latent) == [f"{LAYER}.self_attn.kv_b_proj"]
+    sandwich = below("mlp.gate_proj", "mlp.up_proj", "pre_feedforward_layernorm")
+    assert norm_readers(f"{LAYER}.post_attention_layernorm", sandwich) == []
+    assert len(norm_readers(f"{LAYER}.pre_feedforward_layernorm", sandwich)) == 2
+
+
+def test_what_the_engine_never_loads() -> None:
+    modules = [
+        "model.layers.1.self_attn.rotary_emb", "model.layers.2.eh_proj", "model.layers.5.x", "lm_head",
+        "model.layers.1.x",
+    ]  # fmt: skip
+    config = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+    assert never_loaded(modules, config) == set(modules[:4])
+    assert "lm_head" not in never_loaded(modules, {**config, "num_experts": 8})
+    assert "lm_head" not in never_loaded(modules, {**config, "tie_word_embeddings": False})
+    assert never_loaded(modules, {"text_config": config}) == set(modules[:4])
+
+
+def test_facts_under_every_name() -> None:
+    assert (
+        base_facts({"n_routed_experts": 8, "dtype": "x"}) == base_facts({"num_local_experts": 8}) == {"num_experts": 8}
+    )
+    assert base_facts({"text_config": {"hidden_size": 5}}) == {"hidden_size": 5}
+    assert num_experts({"text_config": {"num_local_experts": 8}}) == 8 and num_experts({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("a.q_proj", "out"), ("a.down_proj", "in"), ("lm_head", "out"), ("mlp.gate", None), ("q_norm", None)],
+)
+def test_how_ranks_cut(name: str, role: str | None) -> None:
+    assert cut_role(name) == role
