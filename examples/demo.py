@@ -61,11 +61,18 @@ def server(port: int, log: IO[bytes]) -> Any:
         process.wait(60)
 
 
-def baselines() -> subprocess.Popen[bytes]:
+def start_baselines(log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Perplexity of BF16 on stock SGLang and of all-Int4, in a second process while the server starts."""
-    return subprocess.Popen(
-        [sys.executable, Path(__file__).parent / "baselines.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, Path(__file__).parent / "baselines.py"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+
+
+def finish_baselines(process: subprocess.Popen[bytes], log: IO[bytes]) -> dict[str, float]:
+    output = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"the baselines ended; their log:\n{Path(log.name).read_text()}")
+    perplexities: dict[str, float] = json.loads(output.splitlines()[-1])
+    return perplexities
 
 
 def chat(url: str, question: str) -> str:
@@ -83,15 +90,17 @@ def wait_for_proof(url: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    subprocess.run([Path(sys.executable).parent / "sglang-mixed", "check", MAP], check=True)
-    others = baselines()
-    with tempfile.NamedTemporaryFile(suffix=".log") as log, server(free_port(), log) as url:
+    program = Path(sys.executable).parent / "sglang-mixed"
+    subprocess.run([program, "check", MAP], check=True)
+    log, other_log = (tempfile.NamedTemporaryFile(suffix=".log") for _ in range(2))  # noqa: SIM115
+    others = start_baselines(other_log)
+    with server(free_port(), log) as url:
         answer = chat(url, QUESTION)
         report = wait_for_proof(url)
         prompts = windows(TINY / "bf16", TINY / "heldout.txt")
         mix = perplexity(prompts, lambda ids: http(f"{url}/generate", {"input_ids": ids, **REQUEST}))
-        subprocess.run([Path(sys.executable).parent / "sglang-mixed", "proof", url], check=True)
-    perplexities = {"mix": mix, **json.loads(others.communicate()[0].splitlines()[-1])}
+        subprocess.run([program, "proof", url], check=True)
+    perplexities = {"mix": mix, **finish_baselines(others, other_log)}
     print(f"\n> {QUESTION}\n{answer}\n")
     print("perplexity on held-out text: " + ", ".join(f"{name} {value:.2f}" for name, value in perplexities.items()))
     keys = ("planned_bytes", "weight_bytes", "bf16_bytes")

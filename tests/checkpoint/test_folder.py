@@ -110,6 +110,18 @@ def test_a_weight_in_another_file_than_the_index_says(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
+def test_two_weights_that_the_index_swaps_are_found_where_they_are(sharded: Path) -> None:
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    last, first = "model.norm.weight", "lm_head.weight"
+    edit_index(sharded, **{last: weight_map[first], first: weight_map[last]})
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.read_tensor(last).shape == (64,)
+    with pytest.raises(IndexFileError, match="it is in"):
+        checkpoint.check_index()
+    with pytest.raises(IndexFileError):
+        checkpoint.locate("model.norm", "weight")
+
+
 def test_a_weight_that_the_index_does_not_name(sharded: Path) -> None:
     edit_index(sharded, **{"model.norm.weight": None})
     with pytest.raises(IndexFileError) as caught:

@@ -15,8 +15,18 @@ BOUND = 0.02
 
 def largest_difference(mixed: list[dict[str, Any]], reference: list[dict[str, Any]]) -> float:
     """Largest difference of two engines' log-probabilities of the same prompts' tokens."""
+    return max(_differences(mixed, reference))
+
+
+def mean_difference(mixed: list[dict[str, Any]], reference: list[dict[str, Any]]) -> float:
+    """Mean difference of the same."""
+    differences = _differences(mixed, reference)
+    return sum(differences) / len(differences)
+
+
+def _differences(mixed: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[float]:
     pairs = zip(_logprobs(mixed), _logprobs(reference), strict=True)
-    return max(abs(ours - theirs) for ours, theirs in pairs)
+    return [abs(ours - theirs) for ours, theirs in pairs]
 
 
 def _logprobs(answers: list[dict[str, Any]]) -> list[float]:

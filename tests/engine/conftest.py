@@ -91,10 +91,14 @@ class Engine:
         return result
 
 
-@pytest.fixture(scope="session")
-def prompts() -> list[list[int]]:
+def held_out_prompts() -> list[list[int]]:
     """20 prompts of held-out text, 16 to 130 tokens."""
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(TINY / "bf16" / "tokenizer.json")).encode((TINY / "heldout.txt").read_text()).ids
     return [ids[200 * index : 200 * index + 16 + 6 * index] for index in range(20)]
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    return held_out_prompts()

@@ -17,7 +17,7 @@ from sglang_mixed.kernels import KERNELS, chunked, compiled, cpu_kernel, get_ker
 from sglang_mixed.kernels.base import layout_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "formats"))
-import packers  # noqa: E402
+import packers
 
 Build = Callable[[np.random.Generator], packers.Packed]
 CASES: dict[str, tuple[str, Build]] = {}

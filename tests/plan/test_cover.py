@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_mixed.errors import CoverageError, InconsistentFormatError, ShapeError, UnknownFormatError
+from sglang_mixed.errors import CoverageError, InconsistentFormatError, IndexFileError, ShapeError, UnknownFormatError
 
 from ..models import Tensors, write
 from .conftest import Mapped
@@ -104,3 +104,19 @@ def test_tensors_beside_a_plain_weight_come_with_it(mapped: Mapped, tmp_path: Pa
     assert "e_score_correction_bias" in mapped({}, bf16=base).modules["model.layers.0.mlp.gate"].tensors
     with pytest.raises(CoverageError, match="e_score_correction_bias"):
         mapped({"**.gate": "fp8"}, bf16=base)
+
+
+def test_a_shard_with_as_many_weights_of_another_model(mapped: Mapped, tmp_path: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".layers.1." in name]:
+            tensors[name.replace(".layers.1.", ".layers.7.")] = tensors.pop(name)
+
+    broken, other = (
+        write(tmp_path / "broken", "fp8", shards=3),
+        write(tmp_path / "other", "fp8", shards=3, change=rename),
+    )
+    for file in other.glob("*.safetensors"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(IndexFileError) as caught:
+        mapped({"**.experts.**": "fp8"}, fp8=broken)
+    assert ".layers.7." in str(caught.value.tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -12,29 +12,13 @@ import torch
 
 from ..errors import FormatError, IndexFileError, TensorMissingError, nearest
 from ..formats import Detector, ModuleFormat, get_format
-from .folder import check_index, quantization_config, read_config, read_index, shard_paths
-from .header import Entry, Shard, read_header
+from ..formats.rules import Rules
+from .entries import Entries
+from .folder import check_counts, check_names, quantization_config, read_config, read_index, shard_paths
+from .header import Entry, read_header
 from .modules import Modules, Tensors
 from .pause import collector_paused
 from .reading import opened, read_entry
-
-
-class Entries(Mapping[str, Entry]):
-    """Tensor name -> Entry, made when asked for: a large checkpoint has 100,000 tensors and few are looked up."""
-
-    def __init__(self, shards: list[Shard], weight_map: Mapping[str, str]) -> None:
-        self._shards, self._weight_map = shards, weight_map
-        self._files = {shard.path.name: file for file, shard in enumerate(shards)}
-
-    def __getitem__(self, name: str) -> Entry:
-        file = self._files[self._weight_map[name]]
-        return self._shards[file].entry(file, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weight_map)
-
-    def __len__(self) -> int:
-        return len(self._weight_map)
 
 
 class Checkpoint:
@@ -47,28 +31,34 @@ class Checkpoint:
         self.path = path
         self.config = read_config(path)
         self.quantization = quantization_config(path, self.config)
-        weight_map = read_index(path)
-        self.files = tuple(shard_paths(path, weight_map))
+        self._index = read_index(path)
+        self.files = tuple(shard_paths(path, self._index))
+        self._numbers = {file.name: number for number, file in enumerate(self.files)}
         self.shards = [read_header(file) for file in self.files]
-        if weight_map is None:
-            weight_map = self._map_unindexed()
+        if self._index is None:
+            self._check_collisions()
         else:
-            check_index(path, weight_map, self.shards)
+            check_counts(path, self._index, self.shards)
         self.modules = Modules(self.shards)
-        self.entries = Entries(self.shards, weight_map)
         try:
             self._detect = Detector(self.quantization)
+            #: Module -> a number that is equal for modules of which `quantization` says the same.
+            self.rule = Rules(self.quantization).index if self.quantization else _same_rule
         except FormatError as error:
             error.file = str(path / "config.json")
             raise
 
     @cached_property
+    def entries(self) -> Entries:
+        """Tensor name -> Entry."""
+        return Entries(self.shards)
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 over the config and every file's name and header; the weights' own bytes are not in it."""
-        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in self.shards:
-            total.update(shard.path.name.encode() + b"\0" + shard.digest)
-        return total.hexdigest()
+        """SHA-256 over the config, the kinds of modules, and every file's name, sizes and number of tensors."""
+        files = [(shard.path.name, shard.data_begin, shard.ends[-1:], len(shard.parts)) for shard in self.shards]
+        facts = [self.config, self.quantization, self.modules.tensors_of_kinds, files]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def format(self, module: str, tensors: Tensors | None = None) -> ModuleFormat:
         """How a module is stored (or these of its tensors alone); equal modules share one value.
@@ -101,7 +91,22 @@ class Checkpoint:
 
     def file_of(self, module: str) -> Path:
         """The file that holds a module's first tensor (for messages)."""
-        return self.files[self.entries[join(module, next(iter(self._module(module))))].file]
+        return self.files[self.locate(module, next(iter(self._module(module)))).file]
+
+    def locate(self, module: str, local: str) -> Entry:
+        """One tensor's entry, for few of many: `entries` first makes a table of all names."""
+        file = (self._index or {}).get(join(module, local))
+        for number in range(len(self.files)) if file is None else (self._numbers[file],):
+            position = self.shards[number].find(module, local)
+            if position is not None:
+                return self.shards[number].entry(number, position)
+        self.check_index()
+        raise self._missing(join(module, local), self.modules)
+
+    def check_index(self) -> None:
+        """Raise IndexFileError if the index contradicts the files in any name; `open_checkpoint` compares counts."""
+        if self._index is not None:
+            check_names(self.path, self._index, self.shards)
 
     def _module(self, module: str) -> Tensors:
         tensors = self.modules.get(module)
@@ -113,19 +118,18 @@ class Checkpoint:
         near = [one for one in known if one.rpartition(".")[2] == name.rpartition(".")[2]][:1000]
         return TensorMissingError(f"the checkpoint has no {name!r}{nearest(name, near)}", file=self.path, tensor=name)
 
-    def _map_unindexed(self) -> dict[str, str]:
-        seen: dict[str, str] = {}
-        for shard in self.shards:
+    def _check_collisions(self) -> None:
+        seen: dict[str, Path] = {}
+        for shard in self.shards if len(self.shards) > 1 else ():
             for name in seen.keys() & set(shard.names):
                 raise IndexFileError(
-                    f"the tensor is in {seen[name]} too, and no index tells which counts",
+                    f"the tensor is in {seen[name].name} too, and no index tells which counts",
                     file=shard.path,
                     tensor=name,
                     rule="without model.safetensors.index.json a tensor is in one file",
                     remedy="remove the file that does not belong here, or restore the index",
                 )
-            seen.update(dict.fromkeys(shard.names, shard.path.name))
-        return seen
+            seen.update(dict.fromkeys(shard.names, shard.path))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -136,6 +140,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     with collector_paused():
         return Checkpoint(Path(path))
+
+
+def _same_rule(_: str) -> int:
+    return 0
 
 
 def join(module: str, local: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -74,16 +75,24 @@ def shard_paths(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path
                 file=folder / name,
                 tensor=_first(weight_map, name),
                 rule=f"every file that {INDEX} names is in the folder",
-                remedy="complete the download",
+                remedy="complete the download, or delete the index if it is another checkpoint's",
             )
     return [folder / name for name in names]
 
 
-def check_index(folder: Path, weight_map: Mapping[str, str], shards: Sequence[Shard]) -> None:
+def check_counts(folder: Path, weight_map: Mapping[str, str], shards: Sequence[Shard]) -> None:
+    """Raise IndexFileError where a file holds more or fewer tensors than the index says.
+
+    That is all a checkpoint of 100,000 tensors can afford at once; whoever misses a tensor asks `check_names` why.
+    """
+    said = Counter(weight_map.values())
+    if any(said[shard.path.name] != len(shard.parts) for shard in shards):
+        check_names(folder, weight_map, shards)
+
+
+def check_names(folder: Path, weight_map: Mapping[str, str], shards: Sequence[Shard]) -> None:
     """Raise IndexFileError unless the index names exactly the tensors of each file."""
-    found = 0
     for shard in shards:
-        found += len(shard.names)
         if set(map(weight_map.get, shard.names)) - {shard.path.name}:
             stray = next(name for name in shard.names if weight_map.get(name) != shard.path.name)
             said = weight_map.get(stray)
@@ -94,9 +103,8 @@ def check_index(folder: Path, weight_map: Mapping[str, str], shards: Sequence[Sh
                 rule=f"{INDEX} names the file of every tensor",
                 remedy="the file may be another model's: download the checkpoint again",
             )
-    if found != len(weight_map):
-        held = {name for shard in shards for name in shard.names}
-        absent = next(name for name in weight_map if name not in held)
+    held = {name for shard in shards for name in shard.names}
+    for absent in weight_map.keys() - held:
         raise IndexFileError(
             "a tensor of the index is not in its file",
             file=folder / weight_map[absent],

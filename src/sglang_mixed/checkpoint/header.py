@@ -5,7 +5,6 @@ The file is 8 bytes of header length N (little-endian), N bytes of JSON, then th
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -56,7 +55,6 @@ class Shard:
     parts: list[Part]
     ends: list[int]
     data_begin: int
-    digest: bytes
 
     @cached_property
     def names(self) -> list[str]:
@@ -65,13 +63,19 @@ class Shard:
             f"{module}.{part[0]}" if module else part[0] for module, part in zip(self.modules, self.parts, strict=True)
         ]
 
-    @cached_property
-    def _positions(self) -> dict[str, int]:
-        return dict(zip(self.names, range(len(self.names)), strict=True))
+    def find(self, module: str, local: str) -> int | None:
+        """The position of one tensor, by search."""
+        position = -1
+        try:
+            while True:
+                position = self.modules.index(module, position + 1)
+                if self.parts[position].local == local:
+                    return position
+        except ValueError:
+            return None
 
-    def entry(self, file: int, name: str) -> Entry:
-        """The entry of a tensor of this shard; `file` is the shard's own index."""
-        position = self._positions[name]
+    def entry(self, file: int, position: int) -> Entry:
+        """The entry of the tensor at `position`; `file` is the shard's own index."""
         begin = self.ends[position - 1] if position else 0
         return Entry(file, *self.parts[position].info, self.data_begin + begin, self.data_begin + self.ends[position])
 
@@ -97,7 +101,7 @@ def read_header(path: Path) -> Shard:
     except (ValueError, RecursionError):
         # Rare and slow: look at tensor after tensor to name the fault (or to find that there is none).
         places = _split(examine(path, raw, size - 8 - length))
-    return Shard(path, *places, 8 + length, hashlib.sha256(raw).digest())
+    return Shard(path, *places, 8 + length)
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
@@ -141,20 +145,21 @@ def _lay_out(raw: bytes, data_size: int) -> tuple[list[str], list[Part], list[in
     if text.find("\\", start) >= 0 or codes.min() < 0x20 or not text.endswith("]}}"):
         raise ValueError
     modules, parts, ends = [], [], []
-    begin = 0
+    end, begins_at = 0, "0"
     for entry in text[start:-3].split(']},"'):
         head, _, offsets = entry.rpartition("[")
         module, _, tail = head.rpartition(".")
         part = _PARTS.get(tail) or _parse_tail(tail)
-        end = begin + part[2]
-        if offsets != f"{begin},{end}":
+        end += part[2]
+        ends_at = str(end)
+        if offsets != f"{begins_at},{ends_at}":
             raise ValueError
+        begins_at = ends_at
         modules.append(module)
         parts.append(part)
         ends.append(end)
-        begin = end
     # Ten quotes a tensor, the first of them before `start`.
-    if "" in modules or begin != data_size or np.count_nonzero(codes == 0x22) != 10 * len(modules) - 1:
+    if "" in modules or end != data_size or np.count_nonzero(codes == 0x22) != 10 * len(modules) - 1:
         raise ValueError
     return modules, parts, ends
 

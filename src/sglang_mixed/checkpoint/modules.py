@@ -16,7 +16,7 @@ class Modules(Mapping[str, Tensors]):
     """Module name -> its tensors, in the order of the files. Modules with equal tensors have equal `kinds`."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        self._tensors: list[dict[str, TensorInfo]] = [{}]
+        self.tensors_of_kinds: list[dict[str, TensorInfo]] = [{}]
         self.kinds = self._group(shards)
 
     def _group(self, shards: Sequence[Shard]) -> dict[str, int]:
@@ -34,7 +34,7 @@ class Modules(Mapping[str, Tensors]):
         return kinds
 
     def _extend(self, kind: int, shard: Shard, module: str, part: Part) -> int:
-        tensors = self._tensors[kind]
+        tensors = self.tensors_of_kinds[kind]
         if part.local in tensors:
             # Every module of this kind that met this part so far would have been refused here: this is the first.
             raise HeaderError(
@@ -44,11 +44,11 @@ class Modules(Mapping[str, Tensors]):
                 rule="a name stands once",
                 remedy="download the file again, or export it again",
             )
-        self._tensors.append({**tensors, part.local: part.info})
-        return len(self._tensors) - 1
+        self.tensors_of_kinds.append({**tensors, part.local: part.info})
+        return len(self.tensors_of_kinds) - 1
 
     def __getitem__(self, module: str) -> Tensors:
-        return self._tensors[self.kinds[module]]
+        return self.tensors_of_kinds[self.kinds[module]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)

@@ -30,8 +30,8 @@ def cover(
     planned: dict[str, PlannedModule] = {}
     missing: list[str] = []
     needless: list[str] = []
-    verdicts: dict[tuple[object, ...], Verdict] = {}
-    base_kinds, is_quantized = base.modules.kinds, bool(base.quantization)
+    verdicts: dict[tuple[str, int, int, int, int], Verdict] = {}
+    base_kinds = base.modules.kinds
     for module, rule in assignment.rules.items():
         source = assignment.default if rule is None else rule.source
         checkpoint = checkpoints[source]
@@ -39,10 +39,8 @@ def cover(
         if kind is None:
             missing.append(module)
             continue
-        # Only a quantization config makes modules of one kind differ; each kind is judged once.
-        found = _format(checkpoint, module) if checkpoint.quantization else None
-        expected = _format(base, module) if is_quantized else None
-        key = source, kind, base_kinds[module], id(found), id(expected)
+        # What is true of one module is true of all with equal tensors and an equal place in both configs.
+        key = source, kind, base_kinds[module], checkpoint.rule(module), base.rule(module)
         verdict = verdicts.get(key)
         if verdict is None:
             verdict = verdicts[key] = _judge(module, source, reference, checkpoints, assignment)
@@ -122,6 +120,7 @@ def _refuse_shape(
 def _refuse_missing(missing: list[str], checkpoints: Mapping[str, Checkpoint], assignment: Assignment) -> NoReturn:
     first = missing[0]
     source = assignment.source(first)
+    checkpoints[source].check_index()
     others = [name for name, checkpoint in checkpoints.items() if first in checkpoint.modules]
     same = fold(name for name in missing if assignment.source(name) == source)
     lines = "".join(f'\n    "{pattern}": {others[0]}' for pattern in same[:8]) if others else ""

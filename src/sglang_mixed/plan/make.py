@@ -69,14 +69,12 @@ def _compare(
 ) -> tuple[dict[str, Comparison], list[str]]:
     """What each source changed in its norms, and warnings for sources that are allowed to be another model's."""
     compared, differing = {}, []
-    for source, checkpoint in checkpoints.items():
-        if source == reference:
-            continue
-        comparison = compare_weights(checkpoints[reference], checkpoint)
+    others = {source: one for source, one in checkpoints.items() if source != reference}
+    for source, comparison in compare_weights(checkpoints[reference], others).items():
         if not comparison.others:
             compared[source] = comparison
         elif not allow_different:
-            raise different_base(source, reference, checkpoint, comparison)
+            raise different_base(source, reference, checkpoints[source], comparison)
         else:
             differing.append(f"{source} is another model than {reference}: {next(iter(comparison.others))} differs")
     return compared, differing

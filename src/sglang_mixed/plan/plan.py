@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,9 +88,10 @@ class Plan:
             wanted[module.source].update([join(module.name, local) for local in module.tensors])
         for source, checkpoint in self.checkpoints.items():
             for file, shard in enumerate(checkpoint.shards):
-                names = [name for name in shard.names if name in wanted[source]]
-                if names:
-                    yield source, shard.path, [(name, shard.entry(file, name)) for name in names]
+                names = enumerate(shard.names)
+                found = [(name, shard.entry(file, place)) for place, name in names if name in wanted[source]]
+                if found:
+                    yield source, shard.path, found
 
     def module_bytes(self, module: PlannedModule) -> int:
         """Bytes in memory of one module on one rank that holds all of it."""
@@ -99,24 +99,24 @@ class Plan:
 
     def module_bf16_bytes(self, module: PlannedModule) -> int:
         """Bytes that 16 bits would take."""
-        return size.in_16_bits(module.format) + (2 * module.format.shape[0] if module.bias else 0)
+        return size.in_16_bits(module.format) + bias_bytes(module, 2)
 
     def weight_bytes(self, tp: int = 1, ep: int = 1) -> int:
         """Bytes in memory of the fullest rank. Raises ParallelismError where a format cannot be cut that way."""
         if tp == ep == 1:
-            return sum(map(self.module_bytes, self.modules.values()))
+            return _total(self.modules.values(), size.resident)
         cut = size.Cut(tp, ep, self.checkpoints[self.base].config)
         return cut.largest_rank((one.name, one.format, one.bias) for one in self.modules.values())
 
     @property
     def file_bytes(self) -> int:
         """Bytes to read from disk."""
-        return sum(size.stored(module.format) + bias_bytes(module) for module in self.modules.values())
+        return _total(self.modules.values(), size.stored)
 
     @property
     def bf16_bytes(self) -> int:
         """Bytes that the whole model would take in 16 bits."""
-        return sum(map(self.module_bf16_bytes, self.modules.values()))
+        return _total(self.modules.values(), size.in_16_bits, 2)
 
     def rows(self) -> list[Row]:
         """The plan by groups of modules that differ only in their numbers or last names, in a model's order."""
@@ -137,7 +137,7 @@ class Plan:
     def _row(self, parents: tuple[str, ...], source: str, label: str, lasts: dict[str, list[PlannedModule]]) -> Row:
         last = next(iter(lasts)) if len(lasts) == 1 else "{" + ",".join(sorted(lasts)) + "}"
         group = [module for modules in lasts.values() for module in modules]
-        sizes = sum(map(self.module_bytes, group)), sum(map(self.module_bf16_bytes, group))
+        sizes = _total(group, size.resident), _total(group, size.in_16_bits, 2)
         return Row(", ".join(join(parent, last) for parent in parents), source, label, len(group), *sizes)
 
     def to_json(self) -> dict[str, Any]:
@@ -184,9 +184,23 @@ def fingerprint(described: MixedPrecisionMap, base: str, checkpoints: Mapping[st
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def bias_bytes(module: PlannedModule) -> int:
-    """Bytes of a module's bias."""
-    return math.prod(module.format.shape[:1]) * size.item_bytes(module.bias) if module.bias else 0
+def bias_bytes(module: PlannedModule, item_bytes: int | None = None) -> int:
+    """Bytes of a module's bias, at its own size or another."""
+    return module.format.shape[0] * (item_bytes or size.item_bytes(module.bias)) if module.bias else 0
+
+
+def _total(
+    modules: Iterable[PlannedModule], measure: Callable[[ModuleFormat], int], bias_item: int | None = None
+) -> int:
+    """The sum over modules, each format measured once: modules that are alike share it."""
+    known: dict[int, int] = {}
+    total = 0
+    for module in modules:
+        nbytes = known.get(id(module.format))
+        if nbytes is None:
+            nbytes = known[id(module.format)] = measure(module.format)
+        total += nbytes + (bias_bytes(module, bias_item) if module.bias else 0)
+    return total
 
 
 __all__ = ["Plan", "PlannedModule", "Row", "TensorInfo", "fingerprint"]

@@ -21,6 +21,8 @@ from .families import base_facts, compared, is_embedding, norm_readers
 #: |a - b| <= RELATIVE * |a| + ABSOLUTE: one BF16 rounding, or an FP16 one of a small value.
 RELATIVE, ABSOLUTE = 2.0**-7, 2.0**-20
 _WHOLE, _CHUNK = 8192, 256
+#: dtype code and bytes of a module's sampled values.
+Sample = tuple[str, bytes]
 _FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -54,16 +56,19 @@ def check_configs(reference: Path, expected: Mapping[str, Any], configs: Mapping
                 )
 
 
-def compare_weights(base: Checkpoint, other: Checkpoint) -> Comparison:
-    """Compare the base's norms, routers and embeddings with another source's, where both hold them in floats."""
-    names = [name for name in compared(base.modules) if _comparable(base, other, name)]
-    ours, theirs = _samples(other, names), _samples(base, names)
+def compare_weights(base: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, Comparison]:
+    """Compare the base's norms, routers and embeddings with each other source's, where both hold them in floats."""
+    names = [name for name in compared(base.modules) if _float_weight(base, name)]
+    expected = _samples(base, names) if others else {}
+    return {source: _compare(base, names, expected, other) for source, other in others.items()}
+
+
+def _compare(base: Checkpoint, names: list[str], expected: Mapping[str, Sample], other: Checkpoint) -> Comparison:
+    shared = [name for name in names if _float_weight(other, name) == _float_weight(base, name)]
     differing = {}
-    for name in names:
-        if ours[name] != theirs[name]:
-            found = _difference(name, ours[name], theirs[name])
-            if found:
-                differing[name] = found
+    for name, found in _samples(other, shared).items():
+        if found != expected[name] and (difference := _difference(name, found, expected[name])):
+            differing[name] = difference
     norms = {name: found for name, found in differing.items() if norm_readers(name, base.modules)}
     # A router that reads a changed norm was changed with it.
     excused = {reader for norm in norms for reader in norm_readers(norm, base.modules)}
@@ -84,19 +89,17 @@ def different_base(source: str, reference: str, checkpoint: Checkpoint, comparis
     )
 
 
-def _comparable(base: Checkpoint, other: Checkpoint, module: str) -> bool:
-    one, two = base.modules[module].get("weight"), other.modules.get(module, {}).get("weight")
-    return bool(one and two and {one.dtype, two.dtype} <= {"BF16", *_FLOATS} and one.shape == two.shape)
-
-
-Sample = tuple[str, bytes]
+def _float_weight(checkpoint: Checkpoint, module: str) -> tuple[int, ...] | None:
+    """The shape of a module's weight if it is held in floats."""
+    weight = checkpoint.modules.get(module, {}).get("weight")
+    return weight.shape if weight and weight.dtype in ("BF16", *_FLOATS) else None
 
 
 def _samples(checkpoint: Checkpoint, modules: list[str]) -> dict[str, Sample]:
     """(dtype, bytes) of each module's sampled values; each file is opened once."""
     by_file: dict[int, list[tuple[str, Entry]]] = {}
     for module in modules:
-        entry = checkpoint.entries[join(module, "weight")]
+        entry = checkpoint.locate(module, "weight")
         by_file.setdefault(entry.file, []).append((module, entry))
     found = {}
     for file, entries in by_file.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from ..errors import ParallelismError
@@ -14,7 +13,6 @@ from ..formats.base import ITEM_BYTES
 from .families import cut_role, expert_of, is_key_value, num_experts, text_config
 
 
-@lru_cache(maxsize=65_536)
 def resident(module_format: ModuleFormat) -> int:
     """Bytes that the kernel of this format keeps, without a bias."""
     from ..kernels import resident_bytes
@@ -22,13 +20,11 @@ def resident(module_format: ModuleFormat) -> int:
     return resident_bytes(module_format)
 
 
-@lru_cache(maxsize=65_536)
 def stored(module_format: ModuleFormat) -> int:
     """Bytes in the file, without a bias."""
     return nbytes(module_format)
 
 
-@lru_cache(maxsize=65_536)
 def in_16_bits(module_format: ModuleFormat) -> int:
     """Bytes of the weight at two a value; a plain module's other tensors (but its bias) count likewise."""
     values = math.prod(module_format.shape)
@@ -62,13 +58,19 @@ class Cut:
         if experts % self.ep:
             raise ParallelismError(f"{experts} experts on {self.ep} ranks", rule="ep divides the experts")
         shared, of_ranks = 0, [0] * self.ep
+        known: dict[tuple[str, int, str | None, bool], int] = {}
         for name, module_format, bias in modules:
-            expert = expert_of(name.rpartition(".")[0])
+            parent, _, last = name.rpartition(".")
+            expert = expert_of(parent)
+            key = last, id(module_format), bias, expert is None
+            nbytes = known.get(key)
+            if nbytes is None:
+                ways = self.tp if expert is None else self.tp // self.ep
+                nbytes = known[key] = self._module_bytes(name, module_format, bias, ways)
             if expert is None:
-                shared += self._module_bytes(name, module_format, bias, self.tp)
+                shared += nbytes
             else:
-                rank = expert[1] * self.ep // max(experts, 1)
-                of_ranks[rank] += self._module_bytes(name, module_format, bias, self.tp // self.ep)
+                of_ranks[expert[1] * self.ep // max(experts, 1)] += nbytes
         return shared + max(of_ranks)
 
     def _module_bytes(self, name: str, module_format: ModuleFormat, bias: str | None, ways: int) -> int:
