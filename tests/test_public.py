@@ -12,8 +12,15 @@ import sglang_mixed
 
 def test_the_names() -> None:
     assert sorted(sglang_mixed.__all__) == [
-        "Checkpoint", "MixedPrecisionError", "MixedPrecisionMap", "Plan", "load_map", "make_plan", "open_checkpoint",
-    ]  # fmt: skip
+        "Checkpoint",
+        "MixedPrecisionError",
+        "MixedPrecisionMap",
+        "Plan",
+        "get_mixed_precision_memory_stats",
+        "load_map",
+        "make_plan",
+        "open_checkpoint",
+    ]
     for name in sglang_mixed.__all__:
         assert getattr(sglang_mixed, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):

@@ -27,7 +27,6 @@ GPU: dict[str, Any] = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "cuda_graph_backend_prefill": "disabled",
-    "cuda_graph_max_bs": 8,
     "enable_fp32_lm_head": True,
 }
 

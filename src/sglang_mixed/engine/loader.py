@@ -21,6 +21,7 @@ from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
 from .stock import StockParameters
+from .stock_methods import match_expert_scales
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if not runs_on_torch_cpu():
             # SGLang's kernels repack next; after that the files' layout is gone.
             loading.proof.check_stock()
+            match_expert_scales(model)
 
 
 def is_mixed(load_config: Any) -> bool:

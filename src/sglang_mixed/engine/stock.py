@@ -19,7 +19,7 @@ from ..formats import get_format
 from ..formats.base import Axis, TensorSpec
 from ..plan import Plan
 from .ledger import Ledger, Line
-from .names import Shard
+from .names import Shard, expert_modules, fused_parts
 
 _PLACES: dict[Shard, int] = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1}
 
@@ -60,6 +60,8 @@ class StockParameters:
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in seen or getattr(parameter, "is_placeholder", False):
                     continue
+                if self._is_made_by_kernel(prefix, module, name):
+                    continue
                 seen.add(id(parameter))
                 self._parameters.append(parameter)
                 lines = [Line(prefix, shard, expert, name) for shard, expert in _slots(module, name)]
@@ -91,6 +93,16 @@ class StockParameters:
         own = isinstance(getattr(type(parameter), "weight_loader", None), property)
         setattr(parameter, "_weight_loader" if own else "weight_loader", load)
 
+    def _is_made_by_kernel(self, prefix: str, module: torch.nn.Module, name: str) -> bool:
+        """Whether a quantized layer's parameter is none of the checkpoint's tensors (Marlin's sorted g_idx, say)."""
+        modules = self._plan.modules
+        if isinstance(module, FusedMoE):
+            first, local = expert_modules(prefix, 0, modules)[0], name.partition("_")[2]
+        else:
+            first, local = fused_parts(prefix, modules)[0][1], name
+        planned = modules.get(first)
+        return planned is not None and planned.format.name != "plain" and local not in planned.tensors
+
     def _spec(self, tensor: torch.Tensor) -> TensorSpec:
         name, _, local = self.delivering.rpartition(".")
         planned = self._plan.modules[name].format
@@ -121,8 +133,9 @@ def _index(
     place = _PLACES.get(shard, shard)
     axis = next((dim for dim, one in enumerate(spec.axes) if one.role == "out"), None)
     if axis is None:
-        # A per-tensor scale: one entry a part, or one for all.
-        return (*before, place) if isinstance(place, int) and parameter.dim() > len(before) else before
+        # A per-tensor scale has one entry a part; what follows the inputs (g_idx) is the same for all parts.
+        per_tensor = not any(one.role for one in spec.axes) and parameter.dim() > len(before)
+        return (*before, place) if isinstance(place, int) and per_tensor else before
     begin = 0
     if isinstance(place, int):
         sizes = _part_rows(module)

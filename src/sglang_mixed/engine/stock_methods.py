@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization import QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -55,3 +56,12 @@ def _build(checkpoint: Checkpoint, module: PlannedModule) -> QuantizationConfig:
             remedy=f"use a source in one of: {', '.join(sorted(QUANTIZATION_METHODS))}",
         )
     return QUANTIZATION_METHODS[name].from_config(described)
+
+
+def match_expert_scales(model: torch.nn.Module) -> None:
+    """Marlin's MoE kernel wants scales in the activations' dtype; SGLang makes them FP16 whatever that is."""
+    for layer in model.modules():
+        for name in ("w13_scales", "w2_scales"):
+            scales = getattr(layer, name, None) if isinstance(layer, FusedMoE) else None
+            if scales is not None and scales.dtype != layer.params_dtype:
+                scales.data = scales.data.to(layer.params_dtype)
