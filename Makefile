@@ -2,6 +2,8 @@
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .venv-uv/bin/uv)
 BIN := .venv/bin
+# SGLang imports 3,000 files in every process: without cached bytecode a server starts twice as slowly.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install lint test demo bench checkpoints clean
 

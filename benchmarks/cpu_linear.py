@@ -1,5 +1,7 @@
 """Compressed linear layers on a CPU against bf16 F.linear: time of 4096x4096 at 1, 8 and 128 rows, each format.
 
+"native" is with the products that a C compiler made, "eager" with torch's alone (SGLANG_MIXED_NATIVE=0).
+
 Weights are rotated so that none is still in the cache when its turn comes. Exits with 1 if a bar is missed.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 import time
@@ -23,7 +26,7 @@ from sglang_mixed.formats import ModuleFormat
 from sglang_mixed.formats.fp8 import FP8Parameters
 from sglang_mixed.formats.gptq import GPTQParameters
 from sglang_mixed.formats.int8 import Int8Parameters
-from sglang_mixed.kernels import pack
+from sglang_mixed.kernels import native, pack
 
 SIZE = 4096
 GENERATOR = torch.Generator().manual_seed(0)
@@ -62,31 +65,45 @@ def int8() -> tuple[ModuleFormat, Tensors]:
     }
 
 
-#: label -> what makes it, and its bars by number of rows
-FORMATS: dict[str, tuple[Callable[[], tuple[ModuleFormat, Tensors]], dict[int, float]]] = {
-    "GPTQ int4 g128": (functools.partial(gptq, True), {1: 0.35, 8: 1.0, 128: 2.5}),
-    "GPTQ int4 g128 asym": (functools.partial(gptq, False), {128: 2.5}),
-    "INT8 channel": (int8, {1: 0.5, 8: 1.0, 128: 2.5}),
-    "FP8 channel": (functools.partial(fp8, "channel"), {1: 2.0, 128: 2.5}),
-    "FP8 tensor": (functools.partial(fp8, "tensor"), {1: 2.0, 128: 2.5}),
-    "FP8 128x128": (functools.partial(fp8, "block"), {1: 2.0, 128: 2.5}),
+#: label -> what makes it
+FORMATS: dict[str, Callable[[], tuple[ModuleFormat, Tensors]]] = {
+    "GPTQ int4 g128": functools.partial(gptq, True),
+    "GPTQ int4 g128 asym": functools.partial(gptq, False),
+    "INT8 channel": int8,
+    "FP8 channel": functools.partial(fp8, "channel"),
+    "FP8 tensor": functools.partial(fp8, "tensor"),
+    "FP8 128x128": functools.partial(fp8, "block"),
 }
-COMPILED_BARS = {1: 0.7, 128: 2.5}
+#: Bars by first word of the label and rows: of the compiled products, and of torch's where there is no C compiler.
+BARS = {
+    "native": {("GPTQ", 1): 0.35, ("INT8", 1): 0.5, ("FP8", 1): 0.7, ("GPTQ", 8): 1.0, ("INT8", 8): 1.0},
+    "eager": {("FP8", 1): 2.0},
+}
+MANY_ROWS_BAR = 2.5
 
 
-def rotated(label: str, copies: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """The format's linear over `copies` weights in turn."""
-    format, tensors = FORMATS[label][0]()
+def bar(way: str, label: str, rows: int) -> float | None:
+    return BARS[way].get((label.split()[0], rows), MANY_ROWS_BAR if way == "native" and rows == 128 else None)
+
+
+def rotated(label: str, copies: int) -> Callable[[str, int, torch.Tensor], torch.Tensor]:
+    """The format's linear over `copies` weights in turn, in one of the ways."""
+    format, tensors = FORMATS[label]()
     kernel, resident = pack(tensors, format)
     weights = [resident] + [{name: one.clone() for name, one in resident.items()} for _ in range(copies - 1)]
-    return lambda turn, x: kernel.linear(x, weights[turn % copies], format)
+
+    def run(way: str, turn: int, x: torch.Tensor) -> torch.Tensor:
+        os.environ["SGLANG_MIXED_NATIVE"] = "01"[way == "native"]
+        return kernel.linear(x, weights[turn % copies], format)
+
+    return run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer weights and repeats, one thread")
     options = parser.parse_args()
-    compiled = os.environ.get("SGLANG_MIXED_COMPILE") == "1"
+    ways = ["native", "eager"] if native.available() else ["eager"]
     copies, repeats = (6, 12) if options.quick else (16, 48)
     bf16 = [torch.randn(SIZE, SIZE, generator=GENERATOR).bfloat16()]
     bf16 += [bf16[0].clone() for _ in range(copies - 1)]
@@ -98,14 +115,14 @@ def main() -> int:
         for rows in (1, 8, 128):
             x = torch.randn(rows, SIZE, generator=GENERATOR).bfloat16()
             runs: dict[str, Callable[[int], object]] = {"bf16": lambda turn, x=x: F.linear(x, bf16[turn % copies])}
-            runs |= {label: lambda turn, x=x, run=run: run(turn, x) for label, run in linears.items()}
+            for way, (label, run) in itertools.product(ways, linears.items()):
+                runs[f"{label} {way}"] = lambda turn, x=x, way=way, run=run: run(way, turn, x)
             times = interleaved(runs, repeats // 3 if rows == 128 else repeats, clock)
             report(f"bf16 {rows} rows {threads} threads", times["bf16"].minimum * 1e3, "ms", "", None)
-            for label in FORMATS:
-                bars = COMPILED_BARS if compiled and label.startswith("FP8") else FORMATS[label][1]
-                ratio = times[label].minimum / times["bf16"].minimum
-                name = f"{label}{' compiled' if bars is COMPILED_BARS else ''} {rows} rows {threads} threads"
-                met &= report(name, ratio, "x", "bf16 F.linear", bars.get(rows) if threads == 1 else None)
+            for way, label in itertools.product(ways, FORMATS):
+                ratio = times[f"{label} {way}"].minimum / times["bf16"].minimum
+                name = f"{label} {way} {rows} rows {threads} threads"
+                met &= report(name, ratio, "x", "bf16 F.linear", bar(way, label, rows) if threads == 1 else None)
     return not met
 
 

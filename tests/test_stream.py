@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import threading
+import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +29,20 @@ def _file(folder: Path) -> tuple[dict[str, torch.Tensor], list[FileRead]]:
         "scalar": torch.tensor(3.5),
         "c": torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn),
     }
+    save_file(tensors, folder / "model.safetensors")
+    return tensors, list(open_reads(folder))
+
+
+def open_reads(folder: Path) -> Iterator[FileRead]:
     path = folder / "model.safetensors"
-    save_file(tensors, path)
     header = int.from_bytes(path.read_bytes()[:8], "little")
     described = json.loads(path.read_bytes()[8 : 8 + header])
-    entries = sorted(
-        (
-            (name, Entry(0, value["dtype"], tuple(value["shape"]), *(8 + header + x for x in value["data_offsets"])))
-            for name, value in described.items()
-        ),
-        key=lambda item: item[1].begin,
-    )
-    return tensors, [("source", path, entries)]
+    described.pop("__metadata__", None)
+    entries = [
+        (name, Entry(0, value["dtype"], tuple(value["shape"]), *(8 + header + x for x in value["data_offsets"])))
+        for name, value in described.items()
+    ]
+    yield "source", path, sorted(entries, key=lambda item: item[1].begin)
 
 
 def test_every_tensor_arrives_with_its_bytes_and_its_hash(tmp_path: Path) -> None:
@@ -49,7 +54,7 @@ def test_every_tensor_arrives_with_its_bytes_and_its_hash(tmp_path: Path) -> Non
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         raw = tensor.reshape(-1).view(torch.uint8)
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), raw)
-        assert log.sha256[name] == hashlib.sha256(raw.numpy()).hexdigest()
+        assert sha256(found[name]) == hashlib.sha256(raw.numpy()).hexdigest()
     assert log.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -75,9 +80,29 @@ def test_a_file_that_shrinks_while_it_is_read_names_file_and_tensor(tmp_path: Pa
     assert error.value.file == str(path) and error.value.tensor == reads[0][2][-1][0]
 
 
+def test_at_most_three_tensors_are_alive(tmp_path: Path) -> None:
+    tensors = {f"t{index:02}": torch.full((256, 1024), float(index)) for index in range(12)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    peak = 0
+
+    def destination(name: str) -> torch.Tensor:
+        nonlocal peak
+        tensor = torch.empty(256, 1024)
+        alive.add(tensor)  # type: ignore[arg-type]
+        peak = max(peak, len(alive))
+        return tensor
+
+    for _, tensor in stream(list(open_reads(tmp_path)), ReadLog(), destination):
+        assert tensor.shape == (256, 1024)
+        time.sleep(0.01)
+        del tensor
+    assert 2 <= peak <= 3
+
+
 def test_a_consumer_that_stops_early_leaves_no_thread(tmp_path: Path) -> None:
     _, reads = _file(tmp_path)
     tensors = stream(reads, ReadLog())
     next(tensors)
     tensors.close()  # type: ignore[attr-defined]
-    assert not any(thread.name == "weight-reader" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("weight-") for thread in threading.enumerate())

@@ -6,11 +6,12 @@ A memory map is not used: a file that is truncated while it is mapped kills the 
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-from collections.abc import Generator, Iterable
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,66 +20,65 @@ from .checkpoint import Entry, opened, read_entry
 
 #: One file's planned tensors: (source name, file, [(tensor name, entry), ...] in file order).
 FileRead = tuple[str, Path, list[tuple[str, Entry]]]
+#: Where a tensor of this name is to be read to; None for memory of its own.
+Destination = Callable[[str], torch.Tensor | None]
+
+
+#: Small tensors travel between threads together.
+BATCH_BYTES = 8 << 20
 
 
 @dataclass(slots=True)
 class ReadLog:
-    """What was read: bytes, and per tensor name the SHA-256 of its bytes in the file."""
+    """What was read, in bytes."""
 
     bytes_read: int = 0
-    sha256: dict[str, str] = field(default_factory=dict)
 
 
-def stream(reads: Iterable[FileRead], log: ReadLog) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """Yield (name, tensor) for every planned tensor; each tensor owns its memory and may be kept.
+def stream(
+    reads: Iterable[FileRead], log: ReadLog, destination: Destination = lambda name: None
+) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """Yield (name, tensor) for every planned tensor, read to its `destination` or else to memory of its own.
 
-    A thread reads and hashes ahead of the consumer: beyond what the consumer keeps, at most two tensors are alive.
-    Raises MissingFileError or TruncatedFileError.
+    Two threads read ahead of the consumer, each a batch of small tensors or one large tensor at a time: beyond what
+    the consumer keeps, at most three times the largest tensor's bytes are alive.
+    Raises MissingFileError, TruncatedFileError.
     """
-    ahead: queue.Queue[tuple[str, torch.Tensor] | BaseException | None] = queue.Queue(maxsize=1)
-    stop = threading.Event()
-
-    def put(item: tuple[str, torch.Tensor] | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                ahead.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def read_ahead() -> None:
-        try:
-            with closing(_read_files(reads, log)) as tensors:
-                for item in tensors:
-                    put(item)
-                    if stop.is_set():
-                        return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=read_ahead, name="weight-reader", daemon=True)
-    thread.start()
-    try:
-        while (item := ahead.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            # Without this the consumer's last tensor would stay alive while the next one is awaited.
-            del item
-    finally:
-        stop.set()
-        thread.join()
+    planned = list(reads)
+    with ExitStack() as files, ThreadPoolExecutor(2, "weight-reader") as readers:
+        jobs = _batches(planned, files)
+        ahead = deque(readers.submit(_read, *job, destination) for job in islice(jobs, 2))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(readers.submit(_read, *job, destination) for job in islice(jobs, 1))
+            batch.reverse()
+            while batch:
+                log.bytes_read += batch[-1][1].nbytes
+                yield batch.pop()
 
 
-def _read_files(reads: Iterable[FileRead], log: ReadLog) -> Generator[tuple[str, torch.Tensor], None, None]:
+def _batches(reads: list[FileRead], files: ExitStack) -> Iterator[tuple[int, Path, list[tuple[str, Entry]]]]:
+    """(open file, its path, tensors that are read together), in file order."""
+    largest = max((entry.end - entry.begin for _, _, entries in reads for _, entry in entries), default=0)
+    limit = min(BATCH_BYTES, largest)
     for _, path, entries in reads:
-        with opened(path) as descriptor:
-            for name, entry in entries:
-                tensor = read_entry(descriptor, path, name, entry)
-                log.bytes_read += tensor.nbytes
-                log.sha256[name] = sha256(tensor)
-                yield name, tensor
+        descriptor = files.enter_context(opened(path))
+        batch: list[tuple[str, Entry]] = []
+        size = 0
+        for name, entry in entries:
+            length = entry.end - entry.begin
+            if batch and size + length > limit:
+                yield descriptor, path, batch
+                batch, size = [], 0
+            batch.append((name, entry))
+            size += length
+        yield descriptor, path, batch
+
+
+def _read(
+    descriptor: int, path: Path, entries: list[tuple[str, Entry]], destination: Destination
+) -> list[tuple[str, torch.Tensor]]:
+    return [(name, read_entry(descriptor, path, name, entry, destination(name))) for name, entry in entries]
 
 
 def sha256(tensor: torch.Tensor) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint import open_checkpoint
 from sglang_mixed.errors import (
@@ -19,7 +20,7 @@ from sglang_mixed.errors import (
     TruncatedFileError,
 )
 
-from ..models import save, tensors, write
+from ..models import tensors, write
 
 INDEX = "model.safetensors.index.json"
 
@@ -51,10 +52,16 @@ def test_shards_with_an_index_and_a_single_file_are_the_same_model(sharded: Path
 def test_shards_without_an_index_are_taken_together(sharded: Path) -> None:
     (sharded / INDEX).unlink()
     assert set(open_checkpoint(sharded).entries) == set(tensors())
-    save(sharded, {"lm_head.weight": tensors()["lm_head.weight"]})
+    save_file({"lm_head.weight": tensors()["lm_head.weight"]}, sharded / "stray.safetensors")
     with pytest.raises(IndexFileError) as caught:
         open_checkpoint(sharded)
     assert caught.value.tensor == "lm_head.weight"
+
+
+def test_beside_the_one_file_others_are_left_aside(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    save_file({"lm_head.weight": tensors()["lm_head.weight"]}, folder / "adapter_model.safetensors")
+    assert [file.name for file in open_checkpoint(folder).files] == ["model.safetensors"]
 
 
 def test_mistrals_second_copy_is_left_aside(tmp_path: Path) -> None:

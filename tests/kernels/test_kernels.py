@@ -13,7 +13,7 @@ import torch
 
 from sglang_mixed.errors import FormatError, InconsistentFormatError, UnsupportedError
 from sglang_mixed.formats import ModuleFormat, detect, get_format
-from sglang_mixed.kernels import KERNELS, chunked, compiled, cpu_kernel, get_kernel, int4, nibbles, pack, resident_bytes
+from sglang_mixed.kernels import KERNELS, chunked, cpu_kernel, get_kernel, int4, native, nibbles, pack, resident_bytes
 from sglang_mixed.kernels.base import layout_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "formats"))
@@ -119,6 +119,14 @@ def no_weight_is_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cpu_kernel.cache_clear()
 
 
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here runs with the compiled products and without."""
+    monkeypatch.setenv("SGLANG_MIXED_NATIVE", "01"[request.param == "native"])
+    if request.param == "native" and not native.available():
+        pytest.skip("no C compiler")
+
+
 def octets(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -212,22 +220,6 @@ def test_fp8_is_exact_down_to_the_smallest_codes(name: str, rows: int) -> None:
     kernel, resident = pack(module.tensors, format)
     x = torch.randn(rows, format.shape[1], generator=generator).bfloat16() * 1e3
     check_product(kernel.linear(x, resident, format), x, module.reference)
-
-
-@pytest.mark.parametrize(
-    "name", ["float channel 128x256", "float tensor 16x1000", "fp8 inverse 16x1000", "fp8 64x32 128x256"]
-)
-def test_the_loop_that_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setenv("SGLANG_MIXED_COMPILE", "1")
-    monkeypatch.setattr(
-        compiled, "_compiled", lambda: lambda *words_x: calls.append(1) or compiled._word_gemv(*words_x)
-    )
-    module, format, generator = built(name)
-    kernel, resident = pack(module.tensors, format)
-    x = torch.randn(1, format.shape[1], generator=generator).bfloat16()
-    check_product(kernel.linear(x, resident, format), x, module.reference)
-    assert calls
 
 
 def test_pack_frees_the_files_buffer() -> None:

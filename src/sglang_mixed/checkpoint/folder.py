@@ -13,6 +13,8 @@ from ..errors import CheckpointError, IndexFileError, MissingFileError
 from .header import Shard
 
 INDEX = "model.safetensors.index.json"
+#: The one file of a checkpoint without an index; others beside it (adapters, copies) are not the model's.
+SINGLE = "model.safetensors"
 MAX_CONFIG_BYTES = 64 << 20
 MAX_INDEX_BYTES = 1 << 30
 #: Weights that a folder may hold instead, none of which is read.
@@ -144,6 +146,8 @@ def _first(weight_map: Mapping[str, str], file_name: str) -> str:
 
 
 def _unindexed(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     # Mistral ships the same weights a second time under names of its own.
     paths = [path for path in paths if not path.name.startswith("consolidated")] or paths

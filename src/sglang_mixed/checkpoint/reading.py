@@ -27,11 +27,21 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_entry(descriptor: int, path: Path, name: str, entry: Entry) -> torch.Tensor:
-    """One tensor in memory of its own; TruncatedFileError where the file has shrunk since its header was read."""
-    data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+def read_entry(
+    descriptor: int, path: Path, name: str, entry: Entry, destination: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One tensor, in memory of its own or in a contiguous `destination` of its shape and dtype.
+
+    Raises TruncatedFileError where the file has shrunk since its header was read.
+    """
+    if destination is None:
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        destination = data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    else:
+        assert (destination.dtype, destination.shape) == (TORCH_DTYPES[entry.dtype], entry.shape)
+        data = destination.view(-1).view(torch.uint8)
     read_into(descriptor, path, name, entry.begin, data.numpy().data)
-    return data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    return destination
 
 
 def read_into(descriptor: int, path: Path, name: str, position: int, buffer: memoryview) -> None:

@@ -1,8 +1,8 @@
 """Where a model's `load_weights` delivers: placeholder parameters that pass each tensor on to its compressed weight.
 
 SGLang's models find a parameter by name and call its `weight_loader`. A layer of ours registers one empty
-parameter per tensor name that any of its parts has, and routes by shard and expert. The placeholders are
-removed once the weights are packed.
+parameter per tensor name that any of its parts has, and routes by shard and expert. A weight is packed for its
+kernel as soon as it is complete, while the next one is read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..formats.base import ModuleFormat
 from ..formats.plain import PlainParameters
 from ..kernels.compressed import CompressedWeight, compress
 from ..plan import PlannedModule
+from . import state
 from .ledger import Ledger, Line
 
 #: A slot of a layer: (shard, expert) as SGLang's models name it, and the checkpoint module that fills it.
@@ -42,6 +43,8 @@ class Intake:
                     if local != "bias":
                         line = Line(self.prefix, shard, expert, parameter_prefix + local)
                         self._ledger.expect(line)
+                        weight.expect(index, local)
+                        state.current_loading().places[f"{module.name}.{local}"] = (weight, index, local)
                         self._routes[line] = (weight, index)
                         self._placeholders[parameter_prefix + local] = local
             matrices.append(weight)
@@ -57,11 +60,9 @@ class Intake:
             layer.register_parameter(name, parameter)
 
     def finish(self, layer: torch.nn.Module) -> None:
-        """Pack the weights and drop the placeholders."""
+        """Drop the placeholders: all weights have arrived."""
         for name in self._placeholders:
             delattr(layer, name)
-        for weight in self.weights:
-            weight.pack()
         self._placeholders.clear()
         self._routes.clear()
 

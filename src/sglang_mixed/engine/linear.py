@@ -48,7 +48,7 @@ class CPULinearMethod(LinearMethodBase):
         self.intake.register(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Pack for the kernels."""
+        """The weights were packed as they arrived."""
         self.intake.finish(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

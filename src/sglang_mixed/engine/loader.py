@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
-from ..errors import EngineError
-from ..plan import Plan
 from ..stream import ReadLog, stream
 from . import state
 from .arguments import Request
@@ -31,13 +29,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         extra = dict(load_config.model_loader_extra_config or {})
-        request = extra.pop("mixed_precision", None)
-        if request is None:
-            raise EngineError(
-                "weights of a mixed model cannot be updated from one checkpoint",
-                rule="every weight comes from the source its map names",
-                remedy="restart the server with the new map",
-            )
+        request = extra.pop("mixed_precision")
         super().__init__(dataclasses.replace(load_config, model_loader_extra_config=extra))
         self._request = Request(**request)
         self._log = ReadLog()
@@ -53,10 +45,14 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self._stock = StockParameters(plan, ledger)
         proof = Proof(plan, self._stock, self._log)
         state.loading = state.Loading(plan, ledger, proof)
+        threads = torch.get_num_threads()
+        # The reader has a core to itself; an operator that waits for one more thread there waits long.
+        torch.set_num_threads(max(1, threads - 1))
         try:
             model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
         finally:
             state.loading = None
+            torch.set_num_threads(threads)
         proof.complete(model, time.perf_counter() - started)
         state.proof = proof
         logger.info("%s", proof.summary())
@@ -65,7 +61,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         loading = state.current_loading()
         self._stock.watch(model)
-        for name, tensor in progress(stream(loading.plan.reads(), self._log), loading.plan):
+        for name, tensor in progress(stream(loading.plan.reads(), self._log, loading.destination), loading.plan):
             before = loading.ledger.arrivals
             self._stock.delivering = name
             yield name, tensor
@@ -75,13 +71,23 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self._stock.filled()
         if not runs_on_torch_cpu():
             # SGLang's kernels repack next; after that the files' layout is gone.
-            loading.proof.check_stock()
+            loading.proof.note_stock()
             match_expert_scales(model)
 
 
-def is_mixed(load_config: Any) -> bool:
-    """Whether a load config carries our request."""
-    return "mixed_precision" in (load_config.model_loader_extra_config or {})
+def get_model_loader(original: Callable[..., Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hook around SGLang's `get_model_loader`: our loader for a mixed model, SGLang's for any other."""
+    if "mixed_precision" in (load_config.model_loader_extra_config or {}):
+        return MixedPrecisionLoader(load_config)
+    return original(load_config, *args, **kwargs)
 
 
-__all__ = ["MixedPrecisionLoader", "Plan", "is_mixed"]
+def update_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Hook around the worker's weight updates: a mixed model refuses them and goes on serving."""
+    if state.proof is None:
+        answer: tuple[bool, str] = original(*args, **kwargs)
+        return answer
+    return False, (
+        "weights of a mixed model cannot be updated from one checkpoint: every weight comes from the source "
+        "its map names; restart the server with the new map"
+    )

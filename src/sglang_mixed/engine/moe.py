@@ -66,7 +66,7 @@ class CPUMoEMethod(FusedMoEMethodBase):
         self._activation = moe_runner_config.activation
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Pack for the kernels."""
+        """The weights were packed as they arrived."""
         self.intake.finish(layer)
 
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> StandardCombineInput:

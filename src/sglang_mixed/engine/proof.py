@@ -1,4 +1,7 @@
-"""The proof: what lies in memory, restored to the file's layout, has the SHA-256 of the bytes in the file."""
+"""The proof: what lies in memory, restored to the file's layout, has the SHA-256 of the bytes in the file.
+
+The files are read a second time for it, after the load and in the background, so that it costs no start-up time.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from ..formats import get_format
 from ..kernels.compressed import CompressedWeight
 from ..memory import ModuleBytes, memory_stats, module_kind
 from ..plan import Plan, PlannedModule
-from ..stream import ReadLog, sha256
+from ..stream import ReadLog, sha256, stream
 from .intake import Intake, total_bytes
 from .stock import StockParameters
 
@@ -30,6 +33,7 @@ class Proof:
         self._plan, self._stock, self._log = plan, stock, log
         self._weights: list[CompressedWeight] = []
         self._memory: dict[str, str] = {}
+        self._file: dict[str, str] = {}
         self._casts: dict[str, str] = {}
         self._state = "running"
         self._parameter_bytes = 0
@@ -95,7 +99,7 @@ class Proof:
                 "file": str(checkpoint.files[entry.file]),
                 "dtype": entry.dtype,
                 "shape": list(entry.shape),
-                "sha256": self._log.sha256.get(name),
+                "sha256": self._file.get(name),
                 "memory_sha256": self._memory.get(name),
                 **({"held_as": self._casts[name]} if name in self._casts else {}),
             }
@@ -108,40 +112,39 @@ class Proof:
             "bf16_bytes": self._plan.module_bf16_bytes(module),
             "file": sorted({str(tensor["file"]) for tensor in tensors.values()}),
             "tensors": tensors,
-            "verified": all(tensor["memory_sha256"] for tensor in tensors.values()),
+            "verified": all(tensor["sha256"] for tensor in tensors.values()),
         }
 
-    def check_stock(self) -> None:
-        """Compare what SGLang's own methods hold with the files; raises ProofError."""
+    def note_stock(self) -> None:
+        """Hash what SGLang's own methods hold, while it still lies as in the files."""
         for name, tensor in self._stock.tensors.items():
             if name in self._memory:
                 continue
-            restored, expected = tensor.restore(), self._log.sha256[name]
+            restored = tensor.restore()
+            self._memory[name] = sha256(restored)
             if tensor.is_cast:
                 # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
                 self._casts[name] = str(restored.dtype).removeprefix("torch.")
-                source = self._plan.checkpoints[self._plan.source_of(name)]
-                expected = sha256(source.read_tensor(name).to(restored.dtype))
-            self._compare(name, restored, expected)
 
     def _verify(self) -> None:
-        self.check_stock()
+        self.note_stock()
         for weight in self._weights:
-            for name, tensor in weight.restore().items():
-                self._compare(name, tensor, self._log.sha256[name])
-        if missing := set(self._log.sha256) - set(self._memory):
-            raise ProofError(f"{len(missing)} tensors were read but are nowhere in memory: {sorted(missing)[:5]}")
+            self._memory.update((name, sha256(tensor)) for name, tensor in weight.restore().items())
+        for name, tensor in stream(self._plan.reads(), ReadLog()):
+            self._compare(name, tensor)
 
-    def _compare(self, name: str, tensor: torch.Tensor, expected: str) -> None:
-        found = sha256(tensor)
+    def _compare(self, name: str, stored: torch.Tensor) -> None:
+        found, in_file = self._memory.get(name, "nothing"), sha256(stored)
+        cast = self._casts.get(name)
+        expected = sha256(stored.to(getattr(torch, cast))) if cast else in_file
         if found != expected:
             raise ProofError(
                 "a weight in memory is not what its file holds",
                 tensor=name,
-                rule=f"SHA-256 in memory {found[:16]}..., in the file {expected[:16]}...",
-                remedy="check this host's memory and disk, then restart",
+                rule=f"SHA-256 in memory: {found[:16]}..., of the file: {expected[:16]}...",
+                remedy="check that the file has not changed, and this host's memory and disk; then restart",
             )
-        self._memory[name] = found
+        self._file[name] = in_file
 
     def _verify_or_end(self) -> None:
         started = time.perf_counter()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.compressed import CompressedWeight
     from ..plan import Plan
     from .ledger import Ledger
     from .proof import Proof
@@ -20,6 +23,13 @@ class Loading:
     plan: Plan
     ledger: Ledger
     proof: Proof
+    #: Full checkpoint name -> the compressed weight, part and local name that wait for it.
+    places: dict[str, tuple[CompressedWeight, int, str]] = field(default_factory=dict)
+
+    def destination(self, name: str) -> torch.Tensor | None:
+        """Where a tensor can be read to without a copy."""
+        place = self.places.get(name)
+        return place[0].destination(place[1], place[2]) if place else None
 
 
 #: The model this process is loading, set by the loader and read by the quantization config.

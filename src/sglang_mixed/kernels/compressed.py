@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..formats.base import ModuleFormat
+from ..formats import get_format
+from ..formats.base import TORCH_DTYPES, ModuleFormat, TensorSpec
 from ..formats.fusion import fuse, stack, unstack
 from . import LinearKernel, pack
 
@@ -25,16 +26,36 @@ class CompressedWeight:
         self.format = fused
         self.kernel: LinearKernel
         self.resident: dict[str, torch.Tensor] = {}
+        self._stacked: dict[str, torch.Tensor] = {}
+        self._missing: set[tuple[int, str]] = set()
         self._pending: list[dict[str, torch.Tensor]] = [{} for _ in parts]
 
-    def receive(self, part: int, local: str, tensor: torch.Tensor) -> None:
-        """Keep one checkpoint tensor of one part (by reference)."""
-        self._pending[part][local] = tensor
+    def expect(self, part: int, local: str) -> None:
+        """One more tensor will be received."""
+        self._missing.add((part, local))
+        if len(self.names) > 1 and local not in self._stacked:
+            spec = self._spec(local)
+            if spec.axes[0].role == "out":
+                self._stacked[local] = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtypes[0]])
 
-    def pack(self) -> None:
-        """Turn what was received into what the kernel reads; nothing of the former is kept."""
-        self.kernel, self.resident = pack(stack(self._pending, self.formats), self.format)
-        self._pending = []
+    def destination(self, part: int, local: str) -> torch.Tensor | None:
+        """Where a tensor may be read to directly: its rows of the stacked one. None if it must be received as it is."""
+        stacked = self._stacked.get(local)
+        if stacked is None:
+            return None
+        unit, before = self._spec(local).axes[0], sum(one.shape[0] for one in self.formats[:part])
+        return stacked.narrow(0, unit.length(before), unit.length(self.formats[part].shape[0]))
+
+    def receive(self, part: int, local: str, tensor: torch.Tensor) -> None:
+        """Take one checkpoint tensor of one part; the last one turns all into what the kernel reads."""
+        stacked = self._stacked.get(local)
+        if stacked is None or stacked.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            self._pending[part][local] = tensor
+        self._missing.remove((part, local))
+        if not self._missing:
+            tensors = {**stack(self._pending, self.formats), **self._stacked}
+            self.kernel, self.resident = pack(tensors, self.format)
+            self._pending, self._stacked = [], {}
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] -> [rows, out]."""
@@ -48,6 +69,9 @@ class CompressedWeight:
             for name, part in zip(self.names, parts, strict=True)
             for local, tensor in part.items()
         }
+
+    def _spec(self, local: str) -> TensorSpec:
+        return get_format(self.format.name).tensors(self.format.parameters, self.format.shape)[local]
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..errors import FormatError
 from ..formats import ModuleFormat
 from ..formats.fp8 import FP8Parameters
-from . import compiled
+from . import native
 from .base import FileLayout, Tensors
 from .panels import STRIP_VALUES, linear_by_panels, spans
 
@@ -23,7 +23,6 @@ from .panels import STRIP_VALUES, linear_by_panels, spans
 FEW_ROWS = 4
 #: Scales are spread over columns once per call; smaller row blocks would make that a copy of W.
 MIN_BLOCK_ROWS = 32
-NAN_CODE = 0x7F
 #: To float16 and bfloat16: factor that shifts, what carries the widened sign into the sign's place, what then goes.
 TO_FP16 = (1 << 7, torch.tensor(0x4000, dtype=torch.int16), ~0x4000)
 TO_BF16 = (1 << 4, torch.tensor(0x7800, dtype=torch.int16), ~0x7800)
@@ -45,15 +44,17 @@ class FP8(FileLayout):
         return super().pack(tensors, format)
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
-        """Few bf16 rows: scales folded into x; more rows or another dtype: panels."""
+        """Compiled; else few bf16 rows: scales folded into x; more rows or another dtype: panels."""
         p: FP8Parameters = format.parameters
         weight, scale = resident["weight"].view(torch.uint8), resident[p.scale_name].float()
         scale = scale.reciprocal() if p.inverse else scale
+        if native.takes(x):
+            return _native(x, weight, scale * 256, p.block).to(x.dtype)
         few = 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16
         if p.block is None:
             y = _few_rows(weight, x.float()[None], len(weight)) if few else _by_panels(x, weight).float()
             return y.mul_(scale.reshape(-1)).to(x.dtype)
-        spread = scale.repeat_interleave(p.block[1], 1)[:, : x.shape[1]]
+        spread = _spread(scale, p.block[1], x.shape[1])
         if few:
             return _few_rows(weight, x.float() * spread[:, None], p.block[0]).to(x.dtype)
         return _by_scaled_panels(x, weight, spread, p.block[0])
@@ -61,9 +62,10 @@ class FP8(FileLayout):
 
 def refuse_nan(weight: torch.Tensor) -> None:
     """FormatError if an e4m3 weight holds a NaN code: every bit trick would read it as a number."""
-    octets = weight.view(torch.uint8)
-    for start, stop in spans(0, len(octets), 1024):
-        if bool((octets[start:stop] & NAN_CODE == NAN_CODE).any()):
+    for start, stop in spans(0, len(weight), 1024):
+        rows = weight[start:stop]
+        # 0x7F is the greatest int8, 0xFF the greatest uint8: two fast reductions.
+        if rows.numel() and (rows.view(torch.int8).amax() == 127 or rows.view(torch.uint8).amax() == 255):
             raise FormatError(
                 f"a weight in rows {start} to {stop - 1} is NaN",
                 tensor="weight",
@@ -72,11 +74,21 @@ def refuse_nan(weight: torch.Tensor) -> None:
             )
 
 
+def _native(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+    """By compiled products, for which FP8 is w / 256: the scales are 256 times as large."""
+    if block is None:
+        return native.Octets(native.FP8, weight).linear(x).float().mul_(scale.reshape(-1))
+    return native.Octets(native.FP8, weight, _spread(scale, block[1], x.shape[1]), block[0]).linear(x)
+
+
+def _spread(scale: torch.Tensor, width: int, columns: int) -> torch.Tensor:
+    """Block scales [blocks, blocks] -> float32 [blocks, in]."""
+    return scale.unsqueeze(-1).expand(-1, -1, width).flatten(1)[:, :columns].contiguous()
+
+
 def _few_rows(weight: torch.Tensor, x: torch.Tensor, block: int) -> torch.Tensor:
     """uint8 [out, in] times x float32 [blocks, rows, in], each `block` rows of W meeting their own x -> [rows, out]."""
     (out_features, in_features), num_rows = weight.shape, x.shape[1]
-    if num_rows == 1 and compiled.is_enabled() and not (in_features % 4 or out_features % block):
-        return compiled.fp8_gemv(weight, x[:, 0])[None]
     # |w·2⁻⁸| < 2: with |x| < 2^room no sum can leave float16.
     room = 15 - math.ceil(math.log2(in_features))
     fraction, power = torch.frexp(x.abs().amax(2, keepdim=True))

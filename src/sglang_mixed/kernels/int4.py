@@ -14,6 +14,7 @@ from ..errors import UnsupportedError
 from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
 from ..formats.gptq import GPTQParameters, unpack
+from . import native
 from .base import Layout, Tensors, aligned, owned
 from .implied import implied, without_implied
 from .nibbles import TILE, decode_rows, layout_is_known, pack_rows, rows_of_halves, signed_halves, tiles
@@ -76,9 +77,12 @@ class Int4:
         return tensors
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
-        """Few bf16 rows: torch's kernel; more rows or another dtype: panels."""
+        """Compiled; else few bf16 rows: torch's kernel; more rows or another dtype: panels."""
         if "permutation" in resident:
             x = x.index_select(1, resident["permutation"])
+        if layout_is_known() and native.takes(x):
+            scales, offset = resident["scales"], format.parameters.zero_offset
+            return native.Nibbles(resident["nibbles"], scales, resident.get("qzeros"), offset).linear(x).to(x.dtype)
         if layout_is_known() and (x.dtype != torch.bfloat16 or x.shape[0] >= MANY_ROWS):
             return _by_panels(x, resident, format.parameters)
         return _by_op(x.to(torch.bfloat16), resident, format.parameters).to(x.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ..formats import ModuleFormat
+from . import native
 from .base import FileLayout, aligned, is_aligned
 from .panels import linear_by_panels
 
@@ -29,8 +30,10 @@ class Int8(FileLayout):
         return format.name == "int8" and format.shape[1] < MAX_COLUMNS and _integers_are_exact()
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
-        """Few rows: weight-only kernel; more: integer products; many: bf16 panels of unscaled integers, exact too."""
+        """Compiled; else few rows: weight-only kernel; more: integer products; many: panels of unscaled integers."""
         weight, scale = resident["weight"], resident[format.parameters.scale_name].reshape(-1)
+        if native.takes(x) and not native.MAX_ROWS < x.shape[0] < MANY_ROWS:
+            return native.Octets(native.INT8, weight).linear(x).float().mul_(scale.float()).to(x.dtype)
         # The weight-only kernel reads 16 columns at once, aligned; anything else is a crash, not an error.
         if 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0 and is_aligned(weight):
             return torch._weight_int8pack_mm(aligned(x), weight, scale.to(x.dtype).expand(len(weight)).contiguous())

@@ -1,0 +1,15 @@
+"""All benchmarks that need no GPU, one after another; fails if one misses a bar."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = ("planning.py", "cpu_linear.py", "loading.py", "serving.py")
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent
+    missed = [name for name in BENCHMARKS if subprocess.run([sys.executable, folder / name]).returncode]
+    if missed:
+        sys.exit(f"missed: {', '.join(missed)}")

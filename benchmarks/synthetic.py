@@ -1,0 +1,106 @@
+"""A Qwen3-MoE of random weights as BF16, FP8 128x128 and GPTQ-Int4 checkpoints, large enough to time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY, HEAD = 1024, 512, 24, 8192, 64
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": HIDDEN,
+    "moe_intermediate_size": INTERMEDIATE,
+    "intermediate_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": HEAD,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+QUANTIZATION: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+}
+Tensors = dict[str, torch.Tensor]
+
+
+def linear(kind: str, rows: int, columns: int, generator: torch.Generator) -> Tensors:
+    """One random linear's tensors as that kind of checkpoint stores them."""
+    if kind == "bf16":
+        return {"weight": (torch.randn(rows, columns, generator=generator) * 0.03).bfloat16()}
+    if kind == "fp8":
+        codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, generator=generator)
+        signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, generator=generator) << 7
+        scale = torch.full((rows // 128, columns // 128), 1e-3)
+        return {"weight": (codes | signs).view(torch.float8_e4m3fn), "weight_scale_inv": scale}
+    groups = columns // 128
+    words = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), dtype=torch.int32, generator=generator)
+    return {
+        "qweight": words,
+        "qzeros": torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32),
+        "scales": torch.full((groups, rows), 0.01, dtype=torch.float16),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // 128,
+    }
+
+
+def write(folder: Path, kind: str, layers: int) -> Path:
+    """One checkpoint of `layers` layers."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors: Tensors = {
+        "model.embed_tokens.weight": (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.1).bfloat16(),
+        "lm_head.weight": (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.03).bfloat16(),
+        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+    }
+    query, key = CONFIG["num_attention_heads"] * HEAD, CONFIG["num_key_value_heads"] * HEAD
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        shapes = {
+            "q_proj": (query, HIDDEN),
+            "k_proj": (key, HIDDEN),
+            "v_proj": (key, HIDDEN),
+            "o_proj": (HIDDEN, query),
+        }
+        linears = {f"self_attn.{name}": shape for name, shape in shapes.items()}
+        for expert in range(EXPERTS):
+            linears |= {f"mlp.experts.{expert}.{name}": (INTERMEDIATE, HIDDEN) for name in ("gate_proj", "up_proj")}
+            linears[f"mlp.experts.{expert}.down_proj"] = (HIDDEN, INTERMEDIATE)
+        for name, shape in linears.items():
+            found = linear(kind, *shape, generator)
+            tensors |= {f"{prefix}.{name}.{local}": tensor for local, tensor in found.items()}
+        router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(layer))
+        tensors[f"{prefix}.mlp.gate.weight"] = (router * 0.03).bfloat16()
+        for norm, size in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN)):
+            tensors[f"{prefix}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+        for norm in ("q_norm", "k_norm"):
+            tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(HEAD, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    quantization = {"quantization_config": QUANTIZATION[kind]} if QUANTIZATION[kind] else {}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers, **quantization}))
+    return folder
+
+
+def write_map(path: Path, rules: dict[str, str], **sources: Path) -> Path:
+    """A map over these sources; the first is the default."""
+    lines = [f"  {name}_path: {folder}" for name, folder in sources.items()]
+    mapping = [f'    "{pattern}": {source}' for pattern, source in rules.items()]
+    path.write_text("\n".join(["mixed_precision:", *lines, *(["  weight_mapping:", *mapping] if mapping else []), ""]))
+    return path

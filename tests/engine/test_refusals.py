@@ -1,0 +1,67 @@
+"""Bad input ends the real server before it serves: one message of ours, status not 0."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from .conftest import FLAGS, TINY
+
+
+def start(*arguments: str | Path, program: tuple[str, ...]) -> subprocess.Popen[str]:
+    command = [*program, *map(str, arguments), *FLAGS]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def tied_without_head(folder: Path) -> Path:
+    """Qwen3-MoE whose config says tied embeddings: SGLang's model ignores that and leaves its lm_head unfilled."""
+    shutil.copytree(TINY / "bf16", folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """All of them at once: each spends its time importing SGLang."""
+    folder = tmp_path_factory.mktemp("refusals")
+    serve = (str(Path(sys.executable).parent / "sglang"), "serve")
+    launch = (sys.executable, "-m", "sglang.launch_server")
+    misspelt = folder / "misspelt.yaml"
+    misspelt.write_text(f"mixed_precision:\n  fp16_path: {TINY / 'bf16'}\n  weight_maping: {{}}\n")
+    tied = folder / "tied.yaml"
+    tied.write_text(f"mixed_precision:\n  fp16_path: {tied_without_head(folder / 'tied')}\n")
+    flags = ("--enable-mixed-precision", "--mixed-precision-config")
+    running = {
+        "missing map": start("--model-path", TINY / "bf16", *flags, folder / "no.yaml", program=serve),
+        "unknown key": start("--model-path", TINY / "bf16", *flags, misspelt, program=launch),
+        "unfilled weight": start("--model-path", folder / "tied", *flags, tied, program=serve),
+    }
+    return {name: (process.wait(300), process.communicate()[0]) for name, process in running.items()}
+
+
+def test_a_missing_map_is_one_message(outcomes: dict[str, tuple[int, str]]) -> None:
+    status, output = outcomes["missing map"]
+    assert status == 1
+    assert "no.yaml" in output and "Traceback" not in output
+
+
+def test_an_unknown_key_names_the_nearest_and_its_line(outcomes: dict[str, tuple[int, str]]) -> None:
+    status, output = outcomes["unknown key"]
+    assert status == 1
+    assert "did you mean 'weight_mapping'" in output and "misspelt.yaml:3" in output and "Traceback" not in output
+
+
+def test_a_weight_that_nothing_fills_ends_the_server(outcomes: dict[str, tuple[int, str]]) -> None:
+    status, output = outcomes["unfilled weight"]
+    assert status != 0
+    assert "missing: lm_head.weight" in output

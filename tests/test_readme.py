@@ -1,0 +1,74 @@
+"""The READMEs: both languages say the same, and what they name exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from sglang_mixed.cli.main import app
+from sglang_mixed.config import load_map
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.zh-CN.md")
+OURS = ROOT / "src" / "sglang_mixed" / "engine" / "arguments.py"
+#: Flags of SGLang, pip and uv.
+FOREIGN = {
+    *("--model-path", "--quantization", "--load-format", "--startup-weight-load-mode", "--enable-eplb"),
+    *("--ep-num-redundant-experts", "--context-length", "--max-running-requests", "--dtype", "--device"),
+    *("--host", "--port", "--tokenizer-worker-num", "--no-deps", "--excludes"),
+}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def headings(text: str) -> list[str]:
+    """The heading marks, in order."""
+    return re.findall(r"^(#+) ", BLOCK.sub("", text), re.MULTILINE)
+
+
+def test_both_languages_have_the_same_headings_and_code_blocks() -> None:
+    english, chinese = map(read, READMES)
+    assert headings(english) == headings(chinese) != []
+    assert BLOCK.findall(english) == BLOCK.findall(chinese) != []
+    assert len(english.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_make_word_is_a_target(name: str) -> None:
+    text = read(name)
+    words = {word for line in re.findall(r"(?:^|`)make ((?:[a-z]+ ?)+)", text, re.MULTILINE) for word in line.split()}
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    assert {"demo", "test"} <= words <= targets
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_relative_link_exists(name: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", read(name)) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_example_map_is_a_map(tmp_path: Path) -> None:
+    (example,) = (code for language, code in BLOCK.findall(read("README.md")) if language == "yaml")
+    for folder in re.findall(r"_path: (\S+)", example):
+        (tmp_path / Path(folder).name).mkdir()
+    (tmp_path / "map.yaml").write_text(example.replace("/models/", f"{tmp_path}/"))
+    found = load_map(tmp_path / "map.yaml")
+    assert list(found.sources) == ["fp16", "fp8", "gptq_int4"]
+    assert found.default == "fp16" and len(found.rules) == 4
+    assert None not in found.inference.model_dump().values()
+    assert None not in found.server.model_dump().values()
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_flag_of_ours_exists(name: str) -> None:
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", read(name))) - FOREIGN
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    known = {option for command in commands for parameter in command.params for option in parameter.opts}
+    known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', OURS.read_text()))
+    assert {"--enable-mixed-precision", "--mixed-precision-config"} <= flags <= known
