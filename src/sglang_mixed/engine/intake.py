@@ -53,16 +53,19 @@ class Intake:
 
     def register(self, layer: torch.nn.Module) -> None:
         """Give the layer its placeholder parameters."""
-        for name in self._placeholders:
+        # SGLang's Llama renames every weight_scale_inv to weight_scale before it looks for a parameter.
+        aliases = {name.removesuffix("_inv"): name for name in self._placeholders if name.endswith("weight_scale_inv")}
+        for name, target in {**aliases, **{name: name for name in self._placeholders}}.items():
             parameter = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-            parameter.weight_loader = self._loader(name)  # type: ignore[attr-defined]
+            parameter.weight_loader = self._loader(target)  # type: ignore[attr-defined]
             parameter.is_placeholder = True  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
     def finish(self, layer: torch.nn.Module) -> None:
         """Drop the placeholders: all weights have arrived."""
-        for name in self._placeholders:
-            delattr(layer, name)
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if getattr(parameter, "is_placeholder", False):
+                delattr(layer, name)
         self._placeholders.clear()
         self._routes.clear()
 
