@@ -15,18 +15,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.engine.conftest import Server
 
-TOKENS = 32
+TOKENS = 16
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=6)
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = write(folder / "bf16", "bf16", 2)
         described = write_map(folder / "map.yaml", {}, bf16=model)
-        flags = ("--model-path", model, "--skip-tokenizer-init", "--disable-radix-cache")
+        flags = ("--model-path", model, "--skip-tokenizer-init", "--disable-radix-cache", "--sleep-on-idle")
         mixed = ("--enable-mixed-precision", "--mixed-precision-config", described)
         servers = {
             "stock": Server(folder / "stock.log", *flags),
