@@ -88,11 +88,22 @@ def test_a_bias_comes_with_its_module(mapped: Mapped, tmp_path: Path, sources: d
     assert caught.value.tensor == "model.layers.0.self_attn.q_proj.bias"
 
 
-def test_a_bias_that_the_base_does_not_have_is_left_out_with_a_warning(mapped: Mapped, tmp_path: Path) -> None:
-    plan = mapped({"**.self_attn.*_proj": "fp8"}, fp8=write(tmp_path / "biased8", "fp8", change=biased))
+def zero_biased(tensors: Tensors) -> None:
+    biased(tensors)
+    tensors |= {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.endswith(".bias")}
+
+
+def test_a_bias_of_values_that_the_base_does_not_have_is_refused(mapped: Mapped, tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match="the base model has none") as caught:
+        mapped({"**.self_attn.*_proj": "fp8"}, fp8=write(tmp_path / "biased8", "fp8", change=biased))
+    assert caught.value.tensor == "model.layers.0.self_attn.q_proj.bias"
+
+
+def test_a_bias_of_zeros_that_the_base_does_not_have_is_left_out_with_a_warning(mapped: Mapped, tmp_path: Path) -> None:
+    plan = mapped({"**.self_attn.*_proj": "fp8"}, fp8=write(tmp_path / "biased8", "fp8", change=zero_biased))
     assert "bias" not in plan.modules["model.layers.0.self_attn.q_proj"].tensors
     assert any("model.layers.{0..1}.self_attn.q_proj" in warning for warning in plan.warnings)
-    plain = mapped({"**.self_attn.*_proj": "other"}, other=write(tmp_path / "biased16", "fp16", change=biased))
+    plain = mapped({"**.self_attn.*_proj": "other"}, other=write(tmp_path / "biased16", "fp16", change=zero_biased))
     assert plain.modules["model.layers.0.self_attn.q_proj"].tensors == ("weight",)
 
 

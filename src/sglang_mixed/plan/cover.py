@@ -45,6 +45,7 @@ def cover(
         if verdict is None:
             verdict = verdicts[key] = _judge(module, source, reference, checkpoints, assignment)
         if verdict.has_needless_bias:
+            _require_zero_bias(module, checkpoint)
             needless.append(module)
         planned[module] = PlannedModule(module, source, verdict.format, verdict.tensors, verdict.bias)
     if missing:
@@ -133,8 +134,20 @@ def _refuse_missing(missing: list[str], checkpoints: Mapping[str, Checkpoint], a
     )
 
 
+def _require_zero_bias(module: str, checkpoint: Checkpoint) -> None:
+    """Old GPTQ exports write a bias of zeros everywhere; any other one belongs to another model."""
+    if checkpoint.read_tensor(f"{module}.bias").count_nonzero():
+        raise ShapeError(
+            "the source has a bias here, and the base model has none",
+            file=checkpoint.file_of(module),
+            tensor=f"{module}.bias",
+            rule="a bias that the base does not have may only be zeros",
+            remedy="check that the source was made from the base, or map this module to another source",
+        )
+
+
 def _warn_needless(modules: list[str]) -> list[str]:
     if not modules:
         return []
     patterns = ", ".join(fold(modules)[:4])
-    return [f"{len(modules)} modules have a bias that the base model does not: it is not loaded ({patterns})"]
+    return [f"{len(modules)} modules have a bias of zeros that the base model does not: it is not loaded ({patterns})"]
