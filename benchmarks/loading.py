@@ -17,7 +17,7 @@ from typing import Any
 from measure import report
 from synthetic import write, write_map
 
-RULES = {"model.layers.{0..1}.mlp.experts.**": "fp8", "model.layers.{2..5}.mlp.experts.**": "gptq"}
+RULES = {"model.layers.{0..5}.mlp.experts.**": "fp8", "model.layers.{6..15}.mlp.experts.**": "gptq"}
 
 
 def main() -> int:
@@ -30,8 +30,8 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sources = {kind: write(folder / kind, kind, 6) for kind in ("bf16", "fp8", "gptq")}
-        stock = write(folder / "stock", "bf16", 2)
+        sources = {kind: write(folder / kind, kind, 16) for kind in ("bf16", "fp8", "gptq")}
+        stock = write(folder / "stock", "bf16", 10)
         sides = {
             "stock": {"model_path": str(stock)},
             "uniform": mixed(stock, write_map(folder / "uniform.yaml", {}, bf16=stock)),

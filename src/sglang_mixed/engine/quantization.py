@@ -98,6 +98,19 @@ class MixedPrecisionQuantization(QuantizationConfig):
         experts = [(self._module(gate), self._module(up), self._module(down)) for gate, up, down in names]
         if self._stock is None:
             return CPUMoEMethod(prefix, experts, self._loading.ledger)
+        kinds = {
+            (module.format.name, getattr(module.format.parameters, "bits", None)): module
+            for expert in experts
+            for module in expert
+        }
+        if len(kinds) > 1:
+            one, other = list(kinds.values())[:2]
+            raise UnsupportedError(
+                f"{one.name} is {one.format.name} and {other.name} is {other.format.name}",
+                tensor=prefix,
+                rule="SGLang runs all experts of a layer, down projections too, by one method",
+                remedy="map all of this layer's experts to sources of one format",
+            )
         return self._stock.method(layer, prefix, experts[0][0])
 
     def _module(self, name: str) -> PlannedModule:
