@@ -7,7 +7,6 @@ kernel as soon as it is complete, while the next one is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -95,8 +94,3 @@ def weight_format(module: PlannedModule) -> ModuleFormat:
     names = tuple(name for name in parameters.names if name != "bias")
     others = tuple(other for other in parameters.others if other[0] != "bias")
     return replace(module.format, parameters=PlainParameters(parameters.dtype, names, others))
-
-
-def total_bytes(weights: Iterable[CompressedWeight]) -> int:
-    """Bytes of memory the weights occupy."""
-    return sum(weight.nbytes for weight in weights)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class MixedPrecisionLoader(DefaultModelLoader):
-    """Composes one model from the plan's sources. Peak host memory above the weights: two tensors in flight."""
+    """Composes one model from the plan's sources. Peak host memory above the weights: three tensors."""
 
     def __init__(self, load_config: Any) -> None:
         extra = dict(load_config.model_loader_extra_config or {})
@@ -46,7 +46,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         proof = Proof(plan, self._stock, self._log)
         state.loading = state.Loading(plan, ledger, proof)
         threads = torch.get_num_threads()
-        # The reader has a core to itself; an operator that waits for one more thread there waits long.
+        # The readers have a core to themselves; an operator that waits for one more thread there waits long.
         torch.set_num_threads(max(1, threads - 1))
         try:
             model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)

@@ -20,7 +20,7 @@ from ..kernels.compressed import CompressedWeight
 from ..memory import ModuleBytes, memory_stats, module_kind
 from ..plan import Plan, PlannedModule
 from ..stream import ReadLog, sha256, stream
-from .intake import Intake, total_bytes
+from .intake import Intake
 from .stock import StockParameters
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Proof:
     @property
     def weight_bytes(self) -> int:
         """Bytes the weights occupy, measured on their storages, without padding."""
-        return total_bytes(self._weights) + self._parameter_bytes - self._stock.padding
+        return sum(weight.nbytes for weight in self._weights) + self._parameter_bytes - self._stock.padding
 
     def summary(self) -> str:
         """One line for the log."""
@@ -66,9 +66,10 @@ class Proof:
     def report(self, modules: bool = True) -> dict[str, Any]:
         """The JSON of `GET /mixed_precision`."""
         plan = self._plan
-        rows = [self._row(module) for module in plan.modules.values()]
+        planned = plan.modules.values()
         stats = memory_stats(
-            ModuleBytes(row["format"], module_kind(row["module"]), row["bytes"], row["bf16_bytes"]) for row in rows
+            ModuleBytes(_label(one), module_kind(one.name), plan.module_bytes(one), plan.module_bf16_bytes(one))
+            for one in planned
         )
         return {
             "base": plan.base,
@@ -82,11 +83,11 @@ class Proof:
             "load_seconds": self._seconds,
             "verification": {
                 "state": self._state,
-                "modules": len(rows),
-                "verified": sum(row["verified"] for row in rows),
+                "modules": len(planned),
+                "verified": sum(map(self._is_verified, planned)),
                 "seconds": self._verify_seconds,
             },
-            **({"modules": rows} if modules else {}),
+            **({"modules": [self._row(module) for module in planned]} if modules else {}),
         }
 
     def _row(self, module: PlannedModule) -> dict[str, Any]:
@@ -106,14 +107,17 @@ class Proof:
         return {
             "module": module.name,
             "source": module.source,
-            "format": get_format(module.format.name).label(module.format.parameters),
+            "format": _label(module),
             "shape": list(module.format.shape),
             "bytes": self._plan.module_bytes(module),
             "bf16_bytes": self._plan.module_bf16_bytes(module),
             "file": sorted({str(tensor["file"]) for tensor in tensors.values()}),
             "tensors": tensors,
-            "verified": all(tensor["sha256"] for tensor in tensors.values()),
+            "verified": self._is_verified(module),
         }
+
+    def _is_verified(self, module: PlannedModule) -> bool:
+        return all(f"{module.name}.{local}" in self._file for local in module.tensors)
 
     def note_stock(self) -> None:
         """Hash what SGLang's own methods hold, while it still lies as in the files."""
@@ -157,3 +161,7 @@ class Proof:
             # What SGLang's own schedulers do: the parent ends the whole process tree on SIGQUIT.
             os.kill(os.getppid(), signal.SIGQUIT)
         self._verify_seconds = time.perf_counter() - started
+
+
+def _label(module: PlannedModule) -> str:
+    return get_format(module.format.name).label(module.format.parameters)

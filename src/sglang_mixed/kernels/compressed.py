@@ -48,9 +48,11 @@ class CompressedWeight:
 
     def receive(self, part: int, local: str, tensor: torch.Tensor) -> None:
         """Take one checkpoint tensor of one part; the last one turns all into what the kernel reads."""
-        stacked = self._stacked.get(local)
-        if stacked is None or stacked.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+        place = self.destination(part, local)
+        if place is None:
             self._pending[part][local] = tensor
+        elif place.data_ptr() != tensor.data_ptr():
+            place.copy_(tensor)
         self._missing.remove((part, local))
         if not self._missing:
             tensors = {**stack(self._pending, self.formats), **self._stacked}
