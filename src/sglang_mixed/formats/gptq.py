@@ -27,7 +27,8 @@ ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 class GPTQParameters:
     """`group_size` is the actual one (= in where the config says -1); `zero_offset` is added to stored zeros (v1: 1).
 
-    With `act_order` the groups of a column are known only from `g_idx`; without it they are consecutive.
+    With `act_order` the groups of a column are known only from `g_idx`; without it they are consecutive. `num_groups`
+    is given where a part of an act-order weight's columns keeps all groups of the whole.
     """
 
     bits: int
@@ -37,6 +38,7 @@ class GPTQParameters:
     has_g_idx: bool
     zero_offset: int
     scale_dtype: str
+    num_groups: int | None = None
 
 
 class GPTQ:
@@ -67,7 +69,7 @@ class GPTQ:
         """`qweight`, `qzeros`, `scales`, and `g_idx` where the file has one."""
         rows, columns = shape
         packed_out, packed_in = (Axis(role, *PACKING[parameters.bits]) for role in ("out", "in"))
-        groups = math.ceil(columns / parameters.group_size)
+        groups = parameters.num_groups or math.ceil(columns / parameters.group_size)
         # With act-order a column's group may lie anywhere: a cut along `in` keeps all groups.
         group = Axis(None) if parameters.act_order else Axis("in", parameters.group_size)
         specs = {
