@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sglang_mixed.checkpoint import Entry
+from sglang_mixed.checkpoint import Entry, Read
 from sglang_mixed.errors import TruncatedFileError
 from sglang_mixed.stream import FileRead, ReadLog, sha256, stream
 
@@ -39,17 +39,17 @@ def open_reads(folder: Path) -> Iterator[FileRead]:
     described = json.loads(path.read_bytes()[8 : 8 + header])
     described.pop("__metadata__", None)
     entries = [
-        (name, Entry(0, value["dtype"], tuple(value["shape"]), *(8 + header + x for x in value["data_offsets"])))
+        Read(name, Entry(0, value["dtype"], tuple(value["shape"]), *(8 + header + x for x in value["data_offsets"])))
         for name, value in described.items()
     ]
-    yield "source", path, sorted(entries, key=lambda item: item[1].begin)
+    yield "source", path, sorted(entries, key=lambda read: read.entry.begin)
 
 
 def test_every_tensor_arrives_with_its_bytes_and_its_hash(tmp_path: Path) -> None:
     tensors, reads = _file(tmp_path)
     log = ReadLog()
     found = dict(stream(reads, log))
-    assert list(found) == [name for name, _ in reads[0][2]]
+    assert list(found) == [read.name for read in reads[0][2]]
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         raw = tensor.reshape(-1).view(torch.uint8)

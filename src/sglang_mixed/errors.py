@@ -18,7 +18,7 @@ MixedPrecisionError
 ├── PlanError             the sources do not make one model
 │   ├── CoverageError       a parameter that no source holds
 │   ├── ShapeError          a shape that differs from the base model's
-│   ├── FusedGroupError     parts that run as one matrix disagree (q/k/v, gate/up, experts)
+│   ├── SmoothingError      a norm with smoothing folded in, apart from what reads it
 │   ├── DifferentBaseError  sources that were made from different base models
 │   └── ParallelismError    a cut over ranks that a format cannot take
 └── EngineError           inside a serving process
@@ -157,8 +157,8 @@ class ShapeError(PlanError):
     """A shape that differs from the base model's."""
 
 
-class FusedGroupError(PlanError):
-    """Parts that the engine runs as one matrix disagree on source format."""
+class SmoothingError(PlanError):
+    """A norm that smoothing was folded into, and what reads it, come from several sources."""
 
 
 class DifferentBaseError(PlanError):

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Entry, opened, read_entry
+from .checkpoint import Read, opened, read_entry
 
-#: One file's planned tensors: (source name, file, [(tensor name, entry), ...] in file order).
-FileRead = tuple[str, Path, list[tuple[str, Entry]]]
-#: Where a tensor of this name is to be read to; None for memory of its own.
-Destination = Callable[[str], torch.Tensor | None]
-
+#: One file's planned tensors: (source name, file, what is read of it, in file order).
+FileRead = tuple[str, Path, list[Read]]
+#: Where this is to be read to; None for memory of its own.
+Destination = Callable[[Read], torch.Tensor | None]
 
 #: Small tensors travel between threads together.
 BATCH_BYTES = 8 << 20
@@ -36,7 +35,7 @@ class ReadLog:
 
 
 def stream(
-    reads: Iterable[FileRead], log: ReadLog, destination: Destination = lambda name: None
+    reads: Iterable[FileRead], log: ReadLog, destination: Destination = lambda read: None
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Yield (name, tensor) for every planned tensor, read to its `destination` or else to memory of its own.
 
@@ -57,28 +56,25 @@ def stream(
                 yield batch.pop()
 
 
-def _batches(reads: list[FileRead], files: ExitStack) -> Iterator[tuple[int, Path, list[tuple[str, Entry]]]]:
+def _batches(reads: list[FileRead], files: ExitStack) -> Iterator[tuple[int, Path, list[Read]]]:
     """(open file, its path, tensors that are read together), in file order."""
-    largest = max((entry.end - entry.begin for _, _, entries in reads for _, entry in entries), default=0)
-    limit = min(BATCH_BYTES, largest)
+    limit = min(BATCH_BYTES, max((read.nbytes for _, _, entries in reads for read in entries), default=0))
     for _, path, entries in reads:
         descriptor = files.enter_context(opened(path))
-        batch: list[tuple[str, Entry]] = []
+        batch: list[Read] = []
         size = 0
-        for name, entry in entries:
-            length = entry.end - entry.begin
+        for read in entries:
+            length = read.nbytes
             if batch and size + length > limit:
                 yield descriptor, path, batch
                 batch, size = [], 0
-            batch.append((name, entry))
+            batch.append(read)
             size += length
         yield descriptor, path, batch
 
 
-def _read(
-    descriptor: int, path: Path, entries: list[tuple[str, Entry]], destination: Destination
-) -> list[tuple[str, torch.Tensor]]:
-    return [(name, read_entry(descriptor, path, name, entry, destination(name))) for name, entry in entries]
+def _read(descriptor: int, path: Path, entries: list[Read], destination: Destination) -> list[tuple[str, torch.Tensor]]:
+    return [(read.name, read_entry(descriptor, path, read, destination(read))) for read in entries]
 
 
 def sha256(tensor: torch.Tensor) -> str:

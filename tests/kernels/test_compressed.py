@@ -7,7 +7,7 @@ import torch
 
 from sglang_mixed.formats import ModuleFormat, detect
 from sglang_mixed.formats.base import TensorInfo
-from sglang_mixed.kernels.compressed import CompressedWeight
+from sglang_mixed.kernels.compressed import CompressedWeight, NamedPart
 
 
 def plain(rows: int, seed: int) -> tuple[torch.Tensor, ModuleFormat]:
@@ -18,7 +18,7 @@ def plain(rows: int, seed: int) -> tuple[torch.Tensor, ModuleFormat]:
 @pytest.mark.parametrize("in_place", [(True, True), (True, False), (False, False)])
 def test_parts_are_restored_whether_read_in_place_or_handed_over(in_place: tuple[bool, bool]) -> None:
     parts = [plain(16, 1), plain(8, 2)]
-    stacked = CompressedWeight([(name, one) for name, (_, one) in zip("qk", parts, strict=True)])
+    stacked = CompressedWeight([NamedPart(name, one) for name, (_, one) in zip("qk", parts, strict=True)])
     for index in range(2):
         stacked.expect(index, "weight")
     for index, (weight, _) in enumerate(parts):

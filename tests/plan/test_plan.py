@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_mixed.errors import DifferentBaseError, ParallelismError, TensorMissingError
+from sglang_mixed.errors import DifferentBaseError, TensorMissingError
 from sglang_mixed.formats import nbytes
 from sglang_mixed.kernels import resident_bytes
 from sglang_mixed.plan import Plan, make_plan
@@ -29,14 +29,14 @@ def test_json_keeps_everything(plan: Plan) -> None:
     found = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert found == plan
     assert found.weight_bytes() == plan.weight_bytes() and found.rows() == plan.rows()
-    assert [read[:2] for read in found.reads()] == [read[:2] for read in plan.reads()]
+    assert list(found.rank().reads()) == list(plan.rank().reads())
 
 
 def test_a_plan_from_json_refuses_sources_that_have_changed(plan: Plan, tmp_path: Path) -> None:
     value = json.loads(json.dumps(plan.to_json()))
     write(tmp_path / "fp8", "fp8", layers=3)
     with pytest.raises(DifferentBaseError, match="changed since"):
-        list(Plan.from_json(value).reads())
+        list(Plan.from_json(value).rank().reads())
 
 
 def test_the_fingerprint_sees_choices_and_headers_but_no_paths(mapped: Mapped, plan: Plan, tmp_path: Path) -> None:
@@ -48,16 +48,16 @@ def test_the_fingerprint_sees_choices_and_headers_but_no_paths(mapped: Mapped, p
 
 def test_reads_are_exactly_the_planned_tensors_in_file_order(plan: Plan, mapped: Mapped, tmp_path: Path) -> None:
     plan = mapped(MIX, fp8=write(tmp_path / "sharded", "fp8", shards=3))
-    reads = list(plan.reads())
-    names = [name for _, _, tensors in reads for name, _ in tensors]
+    reads = list(plan.rank().reads())
+    names = [read.name for _, _, tensors in reads for read in tensors]
     assert sorted(names) == sorted(f"{one.name}.{local}" for one in plan.modules.values() for local in one.tensors)
     assert len({path for _, path, _ in reads}) == len(reads) == 4  # one shard holds nothing that is planned
     for source, path, tensors in reads:
         assert path.parent == plan.sources[source]
-        assert all(plan.source_of(name) == source for name, _ in tensors)
-        begins = [entry.begin for _, entry in tensors]
+        assert all(plan.source_of(read.name) == source for read in tensors)
+        begins = [read.entry.begin for read in tensors]
         assert begins == sorted(begins)
-    assert sum(entry.end - entry.begin for _, _, tensors in reads for _, entry in tensors) == plan.file_bytes
+    assert sum(read.nbytes for _, _, tensors in reads for read in tensors) == plan.file_bytes
 
 
 def test_bytes_are_the_sum_of_the_modules(plan: Plan) -> None:
@@ -84,44 +84,14 @@ def test_a_tensor_that_is_not_planned_has_no_source(plan: Plan) -> None:
         plan.source_of("model.ghost.weight")
 
 
-def test_one_rank_of_two(mapped: Mapped) -> None:
-    plan = mapped({})
-    size = {name: plan.module_bytes(module) for name, module in plan.modules.items()}
-    whole = sum(size[name] for name in size if name.endswith(("norm", "mlp.gate")))
-    assert plan.weight_bytes(tp=2) == whole + (sum(size.values()) - whole) // 2
-    experts = sum(size[name] for name in size if ".experts." in name)
-    assert plan.weight_bytes(tp=2, ep=2) == plan.weight_bytes(tp=2)
-    heads = sum(size[name] for name in size if name.endswith(("k_proj", "v_proj")))
-    others = sum(size.values()) - whole - heads
-    assert plan.weight_bytes(tp=4) == whole + heads // 2 + others // 4
-    assert plan.weight_bytes(tp=4, ep=4) == whole + heads // 2 + (others - experts) // 4 + experts // 4
-
-
 def test_expert_ranks_that_hold_unequal_bytes_count_by_the_fullest(tmp_path: Path, mapped: Mapped) -> None:
     plan = mapped({})
-    small = plan.modules["model.layers.0.mlp.experts.0.up_proj"]
+    small = plan.modules["model.layers.0.mlp.experts.3.up_proj"]
     halved = small._replace(format=plan.modules["model.layers.0.self_attn.q_proj"].format)
     changed = {**plan.modules, small.name: halved}
-    lighter = Plan(plan.map, plan.base, plan.sources, changed, (), plan.fingerprint)
+    lighter = Plan(plan.map, plan.base, plan.sources, changed, (), plan.fingerprint, dict(plan.checkpoints))
     assert lighter.weight_bytes(2, 2) == plan.weight_bytes(2, 2)
     assert lighter.weight_bytes() < plan.weight_bytes()
-
-
-@pytest.mark.parametrize(
-    ("tp", "ep", "says"), [(2, 3, "ep divides tp"), (8, 8, "ep divides the experts"), (0, 1, "ep")]
-)
-def test_ranks_that_cannot_be(plan: Plan, tp: int, ep: int, says: str) -> None:
-    with pytest.raises(ParallelismError) as caught:
-        plan.weight_bytes(tp, ep)
-    assert says in str(caught.value.rule)
-
-
-def test_a_format_that_cannot_be_cut_so_far(plan: Plan) -> None:
-    assert plan.weight_bytes(tp=2)
-    with pytest.raises(ParallelismError) as caught:
-        plan.weight_bytes(tp=4)
-    assert caught.value.tensor and "cannot be cut in 4" in str(caught.value)
-    assert "smaller blocks" in str(caught.value.remedy)
 
 
 @pytest.mark.parametrize("name", ["map.yaml", "int4.yaml"])

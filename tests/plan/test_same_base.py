@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_mixed.checkpoint import Checkpoint, open_checkpoint
-from sglang_mixed.errors import DifferentBaseError, FusedGroupError, MixedPrecisionError
+from sglang_mixed.errors import DifferentBaseError, MixedPrecisionError, SmoothingError
 from sglang_mixed.plan import same_base
 
 from ..models import Tensors, write
@@ -150,7 +150,7 @@ def test_smoothing_that_is_torn_is_refused_with_the_lines_to_add(
     mapped: Mapped, tmp_path: Path, mapping: dict[str, str]
 ) -> None:
     source = write(tmp_path / "s", "gptq", change=smoothed(INPUT, POST))  # type: ignore[arg-type]
-    with pytest.raises(FusedGroupError) as caught:
+    with pytest.raises(SmoothingError) as caught:
         mapped(mapping, gptq=source)
     assert "gptq changed model.layers." in str(caught.value) and "layernorm" in str(caught.value.tensor)
     advised = {
@@ -163,7 +163,7 @@ def test_smoothing_that_is_torn_is_refused_with_the_lines_to_add(
 def test_the_final_norm_belongs_to_the_head(mapped: Mapped, tmp_path: Path) -> None:
     source = write(tmp_path / "s", "gptq", change=smoothed("model.norm"))  # type: ignore[arg-type]
     assert mapped({"model.norm": "gptq", "lm_head": "gptq"}, gptq=source)
-    with pytest.raises(FusedGroupError, match=r"model\.norm"):
+    with pytest.raises(SmoothingError, match=r"model\.norm"):
         mapped({"lm_head": "gptq"}, gptq=source)
 
 
@@ -178,5 +178,5 @@ def test_a_router_may_change_with_its_norm(mapped: Mapped, tmp_path: Path) -> No
 def test_sources_that_are_both_smoothed_do_not_mix(mapped: Mapped, tmp_path: Path) -> None:
     one = write(tmp_path / "one", "fp8", change=smoothed(INPUT))  # type: ignore[arg-type]
     two = write(tmp_path / "two", "fp8", change=smoothed(INPUT))  # type: ignore[arg-type]
-    with pytest.raises(FusedGroupError):
+    with pytest.raises(SmoothingError):
         mapped({"**": "fp8", INPUT: "other"}, fp8=one, other=two)

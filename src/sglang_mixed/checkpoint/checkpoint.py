@@ -18,7 +18,7 @@ from .folder import check_counts, check_names, quantization_config, read_config,
 from .header import Entry, read_header
 from .modules import Modules, Tensors
 from .pause import collector_paused
-from .reading import opened, read_entry
+from .reading import Read, opened, read_entry
 
 
 class Checkpoint:
@@ -74,7 +74,7 @@ class Checkpoint:
             raise self._missing(name, self.entries)
         path = self.files[entry.file]
         with opened(path) as descriptor:
-            return read_entry(descriptor, path, name, entry)
+            return read_entry(descriptor, path, Read(name, entry))
 
     def read(self, module: str) -> dict[str, torch.Tensor]:
         """A module's tensors as stored, by local name.

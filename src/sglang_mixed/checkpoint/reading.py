@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..errors import MissingFileError, TruncatedFileError
-from ..formats.base import TORCH_DTYPES
+from ..formats.base import ITEM_BYTES, TORCH_DTYPES
 from .header import Entry
+
+#: Of each dimension of a tensor, [begin, end).
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Read(NamedTuple):
+    """A tensor to read: its full name, its place, and of each dimension the range that is wanted (None: all)."""
+
+    name: str
+    entry: Entry
+    ranges: Ranges | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is read."""
+        return tuple(end - begin for begin, end in self.ranges) if self.ranges else self.entry.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        whole = self.entry.end - self.entry.begin
+        return math.prod(self.shape) * ITEM_BYTES[self.entry.dtype] if self.ranges else whole
 
 
 @contextmanager
@@ -27,21 +52,36 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_entry(
-    descriptor: int, path: Path, name: str, entry: Entry, destination: torch.Tensor | None = None
-) -> torch.Tensor:
-    """One tensor, in memory of its own or in a contiguous `destination` of its shape and dtype.
+def read_entry(descriptor: int, path: Path, read: Read, destination: torch.Tensor | None = None) -> torch.Tensor:
+    """One tensor or the wanted part of it, in memory of its own or in a `destination` of that shape.
 
+    Only the wanted bytes are read. In a destination that is a view the last cut dimension must be contiguous.
     Raises TruncatedFileError where the file has shrunk since its header was read.
     """
+    dtype = TORCH_DTYPES[read.entry.dtype]
     if destination is None:
-        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        destination = data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
-    else:
-        assert (destination.dtype, destination.shape) == (TORCH_DTYPES[entry.dtype], entry.shape)
-        data = destination.view(-1).view(torch.uint8)
-    read_into(descriptor, path, name, entry.begin, data.numpy().data)
+        destination = torch.empty(read.shape, dtype=dtype)
+    assert (destination.dtype, destination.shape) == (dtype, read.shape)
+    for position, piece in _pieces(read.entry, read.ranges, destination):
+        read_into(descriptor, path, read.name, position, piece.view(-1).view(torch.uint8).numpy().data)
     return destination
+
+
+def _pieces(entry: Entry, ranges: Ranges | None, destination: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(position in the file, contiguous part of the destination) of each run of bytes."""
+    if destination.numel() == 0:
+        return
+    depth = max((dim for dim, bounds in enumerate(ranges or ()) if bounds != (0, entry.shape[dim])), default=-1)
+    if depth < 0:
+        yield entry.begin, destination
+        return
+    assert ranges is not None
+    strides = [math.prod(entry.shape[dim + 1 :]) * destination.itemsize for dim in range(depth + 1)]
+    first = entry.begin + ranges[depth][0] * strides[depth]
+    pieces = destination.view(-1, *destination.shape[depth:]) if depth else destination.unsqueeze(0)
+    places = itertools.product(*(range(*bounds) for bounds in ranges[:depth]))
+    for piece, place in zip(pieces, places, strict=True):
+        yield first + sum(index * stride for index, stride in zip(place, strides, strict=False)), piece
 
 
 def read_into(descriptor: int, path: Path, name: str, position: int, buffer: memoryview) -> None:

@@ -1,96 +1,93 @@
-"""Where a model's `load_weights` delivers: placeholder parameters that pass each tensor on to its compressed weight.
+"""Where weights of a layer of ours are delivered: by their checkpoint name, straight into the compressed weight.
 
-SGLang's models find a parameter by name and call its `weight_loader`. A layer of ours registers one empty
-parameter per tensor name that any of its parts has, and routes by shard and expert. A weight is packed for its
-kernel as soon as it is complete, while the next one is read.
+SGLang's models find a parameter by name and call its `weight_loader`; what is delivered here never passes through
+them. A weight is packed for its kernel as soon as it is complete, while the next one is read.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
+from ..checkpoint import join
 from ..formats.base import ModuleFormat
 from ..formats.plain import PlainParameters
-from ..kernels.compressed import CompressedWeight, compress
-from ..plan import PlannedModule
+from ..formats.slicing import Region, rebase
+from ..kernels.compressed import CompressedWeight, NamedPart, compress
+from ..plan import Part, PlannedModule
 from . import state
-from .ledger import Ledger, Line
+from .ledger import Line
 
-#: A slot of a layer: (shard, expert) as SGLang's models name it, and the checkpoint module that fills it.
-Slot = tuple[str | int | None, int | None, PlannedModule]
+
+class Place(Protocol):
+    """What waits for one tensor."""
+
+    def destination(self) -> torch.Tensor | None:
+        """Where it can be read to without a copy; None for memory of its own."""
+        ...
+
+    def receive(self, tensor: torch.Tensor) -> None:
+        """Take this rank's part of the tensor, once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlace:
+    """A tensor's place in a compressed weight; `format` is the whole module's, `held` what of it this rank holds."""
+
+    weight: CompressedWeight
+    part: int
+    local: str
+    format: ModuleFormat
+    held: Region
+
+    def destination(self) -> torch.Tensor | None:
+        """Its rows of the stacked tensor."""
+        return self.weight.destination(self.part, self.local)
+
+    def receive(self, tensor: torch.Tensor) -> None:
+        """Hand it on, made to speak of the region."""
+        self.weight.receive(self.part, self.local, rebase(self.local, tensor, self.format, self.held))
 
 
 class Intake:
-    """The slots of one layer, each tensor of which arrives once."""
+    """The weights of one layer, each tensor of which arrives once."""
 
-    def __init__(self, prefix: str, ledger: Ledger) -> None:
-        self.prefix, self._ledger = prefix, ledger
+    def __init__(self) -> None:
         self.weights: list[CompressedWeight] = []
-        self._routes: dict[Line, tuple[CompressedWeight, int]] = {}
-        self._placeholders: dict[str, str] = {}
 
-    def open(self, slots: list[Slot], parameter_prefix: str = "") -> list[CompressedWeight]:
-        """Expect these slots' tensors; returns the matrices they make, in slot order."""
-        matrices = []
-        for weight, parts in compress([(module.name, weight_format(module)) for _, _, module in slots]):
-            for index, part in enumerate(parts):
-                shard, expert, module = slots[part]
+    def open(self, modules: Sequence[PlannedModule]) -> list[CompressedWeight]:
+        """Expect these modules' tensors; returns the matrices they make, in order."""
+        loading, matrices = state.current_loading(), []
+        for weight, parts in compress([_named_part(one, loading.plan.parts[one.name]) for one in modules]):
+            for index, number in enumerate(parts):
+                module = modules[number]
+                held = loading.plan.parts[module.name].held
                 for local in module.tensors:
                     if local != "bias":
-                        line = Line(self.prefix, shard, expert, parameter_prefix + local)
-                        self._ledger.expect(line)
                         weight.expect(index, local)
-                        state.current_loading().places[f"{module.name}.{local}"] = (weight, index, local)
-                        self._routes[line] = (weight, index)
-                        self._placeholders[parameter_prefix + local] = local
+                        place = WeightPlace(weight, index, local, module.format, held)
+                        loading.expect(Line(module.name, None, None, local), join(module.name, local), place)
             matrices.append(weight)
         self.weights += matrices
         return matrices
 
-    def register(self, layer: torch.nn.Module) -> None:
-        """Give the layer its placeholder parameters."""
-        # SGLang's Llama renames every weight_scale_inv to weight_scale before it looks for a parameter.
-        aliases = {name.removesuffix("_inv"): name for name in self._placeholders if name.endswith("weight_scale_inv")}
-        for name, target in {**aliases, **{name: name for name in self._placeholders}}.items():
-            parameter = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-            parameter.weight_loader = self._loader(target)  # type: ignore[attr-defined]
-            parameter.is_placeholder = True  # type: ignore[attr-defined]
-            layer.register_parameter(name, parameter)
 
-    def finish(self, layer: torch.nn.Module) -> None:
-        """Drop the placeholders: all weights have arrived."""
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            if getattr(parameter, "is_placeholder", False):
-                delattr(layer, name)
-        self._placeholders.clear()
-        self._routes.clear()
-
-    def _loader(self, parameter: str) -> Any:
-        def load(
-            param: torch.nn.Parameter,
-            loaded_weight: torch.Tensor,
-            name_or_shard: str | int | None = None,
-            shard_id: str | int | None = None,
-            expert_id: int | None = None,
-        ) -> None:
-            # Linear layers are called (param, weight, shard); FusedMoE (param, weight, name, shard_id=, expert_id=).
-            shard = name_or_shard if expert_id is None and shard_id is None else shard_id
-            line = Line(self.prefix, shard, expert_id, parameter)
-            self._ledger.arrive(line)
-            weight, part = self._routes[line]
-            weight.receive(part, self._placeholders[parameter], loaded_weight)
-
-        return load
+def _named_part(module: PlannedModule, part: Part) -> NamedPart:
+    (top, bottom), (left, right) = part.wanted
+    rows, columns = part.held
+    trim = None if part.held.rows == part.wanted.rows else (top - rows[0], bottom - rows[0])
+    return NamedPart(module.name, _without_bias(part.format), (left - columns[0], columns[1] - right), trim)
 
 
-def weight_format(module: PlannedModule) -> ModuleFormat:
-    """The module's format without its bias, which SGLang keeps in a parameter of its own."""
-    parameters = module.format.parameters
+def _without_bias(module_format: ModuleFormat) -> ModuleFormat:
+    """The format without its bias, which SGLang keeps in a parameter of its own."""
+    parameters = module_format.parameters
     if not isinstance(parameters, PlainParameters) or "bias" not in parameters.names:
-        return module.format
+        return module_format
     names = tuple(name for name in parameters.names if name != "bias")
     others = tuple(other for other in parameters.others if other[0] != "bias")
-    return replace(module.format, parameters=PlainParameters(parameters.dtype, names, others))
+    return replace(module_format, parameters=PlainParameters(parameters.dtype, names, others))

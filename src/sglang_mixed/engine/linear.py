@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: each part compressed at rest, parts that agree run as one matrix."""
+"""Linear layers on the CPU: each part compressed at rest, neighbouring parts that agree run as one matrix."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from ..errors import ShapeError, UnsupportedError
+from ..errors import ShapeError
 from ..plan import PlannedModule
+from . import state
 from .intake import Intake
-from .ledger import Ledger
 
 
 class CPULinearMethod(LinearMethodBase):
     """SGLang's linear method over our CPU kernels, for one layer whose parts the plan names."""
 
-    def __init__(self, prefix: str, parts: list[tuple[str | int | None, PlannedModule]], ledger: Ledger) -> None:
+    def __init__(self, parts: list[PlannedModule]) -> None:
         self._parts = parts
-        self.intake = Intake(prefix, ledger)
+        self.intake = Intake()
 
     def create_weights(
         self,
@@ -30,26 +30,12 @@ class CPULinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register placeholders for what the plan says; every part must have the shape the engine asks for."""
-        if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
-            raise UnsupportedError(
-                "tensor parallelism is not available on the CPU yet",
-                tensor=self.intake.prefix,
-                remedy="start with --tp-size 1",
-            )
-        for (_, module), rows in zip(self._parts, output_partition_sizes, strict=True):
-            if module.format.shape != (rows, input_size):
-                raise ShapeError(
-                    f"the engine's layer is {[rows, input_size]}, the checkpoint's {list(module.format.shape)}",
-                    tensor=module.name,
-                    rule="config.json of the base describes every weight that is served",
-                )
-        self.intake.open([(shard, None, module) for shard, module in self._parts])
-        self.intake.register(layer)
+        """Expect what the plan says; every part must have the shape that the engine asks of this rank."""
+        check_shape(self._parts, output_partition_sizes, input_size_per_partition)
+        self.intake.open(self._parts)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """The weights were packed as they arrived."""
-        self.intake.finish(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
@@ -59,3 +45,17 @@ class CPULinearMethod(LinearMethodBase):
         if bias is not None:
             output = output + bias
         return output.reshape(*x.shape[:-1], -1)
+
+
+def check_shape(modules: list[PlannedModule], rows: list[int], columns: int) -> None:
+    """Raise ShapeError unless this rank's parts, one above the other, are what the engine's layer has."""
+    regions = [state.current_loading().plan.parts[module.name].wanted for module in modules]
+    heights = [end - begin for (begin, end), _ in regions]
+    widths = {end - begin for _, (begin, end) in regions}
+    if widths != {columns} or (heights != rows if len(rows) == len(heights) else sum(heights) != sum(rows)):
+        raise ShapeError(
+            f"the engine's layer is {rows} x {columns} on this rank, the checkpoint's {heights} x {sorted(widths)}",
+            tensor=modules[0].name,
+            rule="config.json of the base describes every weight that is served",
+            remedy="check that the base's config.json belongs to its weights",
+        )

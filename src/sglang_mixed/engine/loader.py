@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from sglang.srt.distributed import parallel_state
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
+from ..plan import Rank
 from ..stream import ReadLog, stream
 from . import state
 from .arguments import Request
@@ -40,7 +42,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         """Build the model, fill it from the plan, and start the proof."""
         started = time.perf_counter()
-        plan = self._request.rebuild_plan()
+        plan = self._request.rebuild_plan().rank(this_rank())
         ledger = Ledger()
         self._stock = StockParameters(plan, ledger)
         proof = Proof(plan, self._stock, self._log)
@@ -61,10 +63,15 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         loading = state.current_loading()
         self._stock.watch(model)
-        for name, tensor in progress(stream(loading.plan.reads(), self._log, loading.destination), loading.plan):
+        reads = list(loading.plan.reads())
+        total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
+        for name, tensor in progress(stream(reads, self._log, loading.destination), total):
+            given = loading.deliver(name, tensor)
+            if given is None:
+                continue
             before = loading.ledger.arrivals
             self._stock.delivering = name
-            yield name, tensor
+            yield name, given
             if loading.ledger.arrivals == before:
                 loading.ledger.unused.append(name)
         loading.ledger.close()
@@ -73,6 +80,15 @@ class MixedPrecisionLoader(DefaultModelLoader):
             # SGLang's kernels repack next; after that the files' layout is gone.
             loading.proof.note_stock()
             match_expert_scales(model)
+
+
+def this_rank() -> Rank:
+    """This process's place among the tensor- and expert-parallel ranks, as SGLang numbers them."""
+    return Rank(
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_moe_expert_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
 
 
 def get_model_loader(original: Callable[..., Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:

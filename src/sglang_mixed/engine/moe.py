@@ -12,7 +12,7 @@ from ..errors import UnsupportedError
 from ..kernels.experts import Expert, moe
 from ..plan import PlannedModule
 from .intake import Intake
-from .ledger import Ledger
+from .linear import check_shape
 
 #: One expert's modules in SGLang's order: w1 (gate), w3 (up), w2 (down).
 ExpertModules = tuple[PlannedModule, PlannedModule, PlannedModule]
@@ -21,9 +21,9 @@ ExpertModules = tuple[PlannedModule, PlannedModule, PlannedModule]
 class CPUMoEMethod(FusedMoEMethodBase):
     """SGLang's MoE method over our CPU kernels."""
 
-    def __init__(self, prefix: str, experts: list[ExpertModules], ledger: Ledger) -> None:
-        self._modules = experts
-        self.intake = Intake(prefix, ledger)
+    def __init__(self, prefix: str, experts: list[ExpertModules]) -> None:
+        self._prefix, self._modules = prefix, experts
+        self.intake = Intake()
         self._experts: list[Expert] = []
         self._activation = "silu"
 
@@ -36,19 +36,19 @@ class CPUMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register placeholders for every expert's tensors."""
+        """Expect every local expert's tensors, each in its own format."""
         if num_experts != len(self._modules) or extra_weight_attrs.get("with_bias"):
             raise UnsupportedError(
-                f"the engine asks for {num_experts} experts, the plan holds {len(self._modules)}",
-                tensor=self.intake.prefix,
-                rule="on the CPU every rank holds all experts, without biases",
-                remedy="start with --tp-size 1 --ep-size 1",
+                f"the engine asks for {num_experts} experts on this rank, the plan gives it {len(self._modules)}",
+                tensor=self._prefix,
+                rule="experts are shared out in equal runs, none redundant or fused, and have no biases",
             )
-        for index, (gate, up, down) in enumerate(self._modules):
-            gate_up = self.intake.open([("w1", index, gate), ("w3", index, up)], "w13_")
-            downs = self.intake.open([("w2", index, down)], "w2_")
+        for gate, up, down in self._modules:
+            check_shape([gate, up], [intermediate_size_per_partition] * 2, hidden_size)
+            check_shape([down], [hidden_size], intermediate_size_per_partition)
+            gate_up = self.intake.open([gate, up])
+            downs = self.intake.open([down])
             self._experts.append(Expert([weight.linear for weight in gate_up], downs[0].linear))
-        self.intake.register(layer)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         """There is no runner: `apply` computes."""
@@ -60,14 +60,13 @@ class CPUMoEMethod(FusedMoEMethodBase):
         if unsupported or moe_runner_config.activation not in ("silu", "gelu"):
             raise UnsupportedError(
                 f"this model's experts need {', '.join(unsupported) or moe_runner_config.activation}",
-                tensor=self.intake.prefix,
+                tensor=self._prefix,
                 rule="the CPU kernels compute gated SiLU or GELU experts",
             )
         self._activation = moe_runner_config.activation
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """The weights were packed as they arrived."""
-        self.intake.finish(layer)
 
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> StandardCombineInput:
         """Hidden states [tokens, hidden] and their top-k experts -> weighted sums [tokens, hidden]."""

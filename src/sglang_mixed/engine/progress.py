@@ -8,11 +8,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ..plan import Plan
 
-
-def progress(tensors: Iterator[tuple[str, torch.Tensor]], plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass tensors through while a bar on stderr shows bytes read of the planned ones."""
+def progress(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass tensors through while a bar on stderr shows how many of `total` bytes are read."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -21,7 +19,7 @@ def progress(tensors: Iterator[tuple[str, torch.Tensor]], plan: Plan) -> Iterato
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("mixed precision: loading", total=plan.file_bytes)
+        task = bar.add_task("mixed precision: loading", total=total)
         for name, tensor in tensors:
             size = tensor.nbytes
             yield name, tensor

@@ -16,9 +16,10 @@ import torch
 
 from ..errors import ProofError
 from ..formats import get_format
+from ..formats.slicing import rebase
 from ..kernels.compressed import CompressedWeight
 from ..memory import ModuleBytes, memory_stats, module_kind
-from ..plan import Plan, PlannedModule
+from ..plan import PlannedModule, RankPlan
 from ..stream import ReadLog, sha256, stream
 from .intake import Intake
 from .stock import StockParameters
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 class Proof:
     """The report of one rank's model: what came from where, what it weighs, and that memory equals the files."""
 
-    def __init__(self, plan: Plan, stock: StockParameters, log: ReadLog) -> None:
+    def __init__(self, plan: RankPlan, stock: StockParameters, log: ReadLog) -> None:
         self._plan, self._stock, self._log = plan, stock, log
         self._weights: list[CompressedWeight] = []
         self._memory: dict[str, str] = {}
@@ -57,26 +58,33 @@ class Proof:
     def summary(self) -> str:
         """One line for the log."""
         mib = 2**20
+        plan = self._plan
         return (
-            f"mixed precision: {self.weight_bytes / mib:.2f} MiB of weights in {len(self._plan.modules)} modules, "
-            f"{self._plan.weight_bytes() / mib:.2f} MiB planned, {self._plan.bf16_bytes / mib:.2f} MiB in 16 bits; "
+            f"mixed precision: {self.weight_bytes / mib:.2f} MiB of weights in {len(plan.parts)} modules, "
+            f"{plan.weight_bytes / mib:.2f} MiB planned, {self._bf16_bytes() / mib:.2f} MiB in 16 bits; "
             f"{self._log.bytes_read / mib:.2f} MiB read in {self._seconds:.2f} s"
         )
 
     def report(self, modules: bool = True) -> dict[str, Any]:
-        """The JSON of `GET /mixed_precision`."""
-        plan = self._plan
-        planned = plan.modules.values()
+        """The JSON of `GET /mixed_precision`, of this rank."""
+        plan, rank = self._plan.plan, self._plan.rank
+        planned = [plan.modules[name] for name in self._plan.parts]
         stats = memory_stats(
-            ModuleBytes(_label(one), module_kind(one.name), plan.module_bytes(one), plan.module_bf16_bytes(one))
+            ModuleBytes(
+                _label(one),
+                module_kind(one.name),
+                self._plan.module_bytes(one.name),
+                self._plan.module_bf16_bytes(one.name),
+            )
             for one in planned
         )
         return {
             "base": plan.base,
             "sources": {name: str(path) for name, path in plan.sources.items()},
             "fingerprint": plan.fingerprint,
+            "rank": {"tp": rank.tp, "ep": rank.ep, "number": rank.number},
             **stats,
-            "planned_bytes": plan.weight_bytes(),
+            "planned_bytes": self._plan.weight_bytes,
             "weight_bytes": self.weight_bytes,
             "padding_bytes": self._stock.padding,
             "bytes_read": self._log.bytes_read,
@@ -90,8 +98,11 @@ class Proof:
             **({"modules": [self._row(module) for module in planned]} if modules else {}),
         }
 
+    def _bf16_bytes(self) -> int:
+        return sum(map(self._plan.module_bf16_bytes, self._plan.parts))
+
     def _row(self, module: PlannedModule) -> dict[str, Any]:
-        checkpoint = self._plan.checkpoints[module.source]
+        checkpoint, part = self._plan.plan.checkpoints[module.source], self._plan.parts[module.name]
         tensors = {}
         for local in module.tensors:
             name = f"{module.name}.{local}"
@@ -109,8 +120,9 @@ class Proof:
             "source": module.source,
             "format": _label(module),
             "shape": list(module.format.shape),
-            "bytes": self._plan.module_bytes(module),
-            "bf16_bytes": self._plan.module_bf16_bytes(module),
+            "held": {"rows": list(part.held.rows), "columns": list(part.held.columns)},
+            "bytes": self._plan.module_bytes(module.name),
+            "bf16_bytes": self._plan.module_bf16_bytes(module.name),
             "file": sorted({str(tensor["file"]) for tensor in tensors.values()}),
             "tensors": tensors,
             "verified": self._is_verified(module),
@@ -135,7 +147,12 @@ class Proof:
         for weight in self._weights:
             self._memory.update((name, sha256(tensor)) for name, tensor in weight.restore().items())
         for name, tensor in stream(self._plan.reads(), ReadLog()):
-            self._compare(name, tensor)
+            self._compare(name, tensor if name in self._stock.tensors else self._rebased(name, tensor))
+
+    def _rebased(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What was read, as a weight of its own holds it."""
+        module, _, local = name.rpartition(".")
+        return rebase(local, tensor, self._plan.plan.modules[module].format, self._plan.parts[module].held)
 
     def _compare(self, name: str, stored: torch.Tensor) -> None:
         found, in_file = self._memory.get(name, "nothing"), sha256(stored)

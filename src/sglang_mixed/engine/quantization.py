@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -33,9 +34,13 @@ class MixedPrecisionQuantization(QuantizationConfig):
 
     @cached_property
     def _stock(self) -> StockMethods | None:
-        return (
-            None if runs_on_torch_cpu() else StockMethods(self._loading.plan.checkpoints, self.packed_modules_mapping)
-        )
+        if runs_on_torch_cpu():
+            return None
+        return StockMethods(self._loading.plan.plan.checkpoints, self.packed_modules_mapping)
+
+    @property
+    def _planned(self) -> Mapping[str, PlannedModule]:
+        return self._loading.plan.plan.modules
 
     @classmethod
     def get_name(cls) -> str:
@@ -86,36 +91,23 @@ class MixedPrecisionQuantization(QuantizationConfig):
         self.packed_modules_mapping.update(mapping)
 
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase:
-        parts = [(shard, self._module(name)) for shard, name in fused_parts(prefix, self._loading.plan.modules)]
+        parts = [self._module(name) for _, name in fused_parts(prefix, self._planned)]
         if self._stock is None:
-            return CPULinearMethod(prefix, parts, self._loading.ledger)
-        method = self._stock.method(layer, prefix, parts[0][1])
+            return CPULinearMethod(parts)
+        method = self._stock.method(layer, prefix, parts[0])
         assert method is not None
         return method
 
     def _moe_method(self, layer: FusedMoE, prefix: str) -> QuantizeMethodBase | None:
-        names = [expert_modules(prefix, index, self._loading.plan.modules) for index in range(layer.num_experts)]
+        names = [expert_modules(prefix, index, self._planned) for index in range(layer.num_experts)]
         experts = [(self._module(gate), self._module(up), self._module(down)) for gate, up, down in names]
         if self._stock is None:
-            return CPUMoEMethod(prefix, experts, self._loading.ledger)
-        kinds = {
-            (module.format.name, getattr(module.format.parameters, "bits", None)): module
-            for expert in experts
-            for module in expert
-        }
-        if len(kinds) > 1:
-            one, other = list(kinds.values())[:2]
-            raise UnsupportedError(
-                f"{one.name} is {one.format.name} and {other.name} is {other.format.name}",
-                tensor=prefix,
-                rule="SGLang runs all experts of a layer, down projections too, by one method",
-                remedy="map all of this layer's experts to sources of one format",
-            )
+            return CPUMoEMethod(prefix, [one for one in experts if one[0].name in self._loading.plan.parts])
         return self._stock.method(layer, prefix, experts[0][0])
 
     def _module(self, name: str) -> PlannedModule:
         try:
-            return self._loading.plan.modules[name]
+            return self._planned[name]
         except KeyError:
             raise CoverageError(
                 "the engine builds a layer that the plan does not hold",
@@ -125,7 +117,7 @@ class MixedPrecisionQuantization(QuantizationConfig):
             ) from None
 
     def _require_plain(self, prefix: str) -> None:
-        module = self._loading.plan.modules.get(prefix)
+        module = self._planned.get(prefix)
         if module is not None and module.format.name != "plain":
             raise UnsupportedError(
                 f"embeddings and lm_head run in 16 bits only, the map takes {module.format.name} from {module.source}",

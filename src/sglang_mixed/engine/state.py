@@ -5,31 +5,53 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import EngineError
+from ..formats.base import TORCH_DTYPES
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..kernels.compressed import CompressedWeight
-    from ..plan import Plan
-    from .ledger import Ledger
+    from ..checkpoint import Read
+    from ..plan import RankPlan
+    from .intake import Place
+    from .ledger import Ledger, Line
     from .proof import Proof
 
 
 @dataclass(slots=True)
 class Loading:
-    """One model while it loads: its plan, what is still expected, and the proof in the making."""
+    """One model while it loads: this rank's plan, what is still expected, and the proof in the making."""
 
-    plan: Plan
+    plan: RankPlan
     ledger: Ledger
     proof: Proof
-    #: Full checkpoint name -> the compressed weight, part and local name that wait for it.
-    places: dict[str, tuple[CompressedWeight, int, str]] = field(default_factory=dict)
+    #: Full checkpoint name -> what waits for the tensor; all others go through SGLang's own loaders.
+    places: dict[str, tuple[Line, Place]] = field(default_factory=dict)
+    _partial: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def destination(self, name: str) -> torch.Tensor | None:
-        """Where a tensor can be read to without a copy."""
-        place = self.places.get(name)
-        return place[0].destination(place[1], place[2]) if place else None
+    def expect(self, line: Line, name: str, place: Place) -> None:
+        """A tensor will be delivered to this place."""
+        self.ledger.expect(line)
+        self.places[name] = line, place
+
+    def destination(self, read: Read) -> torch.Tensor | None:
+        """Where a tensor is to be read to."""
+        if read.name in self.places:
+            return self.places[read.name][1].destination()
+        if read.ranges is None:
+            return None
+        # SGLang's loaders cut the whole tensor themselves: what they leave out is never read, nor touched in memory.
+        whole = self._partial[read.name] = torch.empty(read.entry.shape, dtype=TORCH_DTYPES[read.entry.dtype])
+        return whole[tuple(slice(*bounds) for bounds in read.ranges)]
+
+    def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Give a tensor to its place; where there is none, what SGLang's loaders are to be given."""
+        if name not in self.places:
+            return self._partial.pop(name, tensor)
+        line, place = self.places.pop(name)
+        self.ledger.arrive(line)
+        place.receive(tensor)
+        return None
 
 
 #: The model this process is loading, set by the loader and read by the quantization config.

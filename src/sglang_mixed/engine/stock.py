@@ -16,8 +16,8 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 
 from ..formats import get_format
-from ..formats.base import Axis, TensorSpec
-from ..plan import Plan
+from ..formats.base import Axis, Shape, TensorSpec
+from ..plan import RankPlan
 from .ledger import Ledger, Line
 from .names import Shard, expert_modules, fused_parts
 
@@ -26,15 +26,15 @@ _PLACES: dict[Shard, int] = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1}
 
 @dataclass(slots=True)
 class StockTensor:
-    """One file tensor inside a parameter; the engine may hold it in another dtype than the file."""
+    """This rank's part of a file tensor inside a parameter; the engine may hold it in another dtype than the file."""
 
     parameter: torch.nn.Parameter
     index: tuple[int | slice, ...]
-    shape: torch.Size
+    shape: Shape
     stored: torch.dtype
 
     def restore(self) -> torch.Tensor:
-        """The tensor as it lies in memory, without padding, in the file's shape."""
+        """The part as it lies in memory, without padding, in the shape that was read."""
         return self.parameter.data[self.index].reshape(self.shape)
 
     @property
@@ -44,9 +44,9 @@ class StockTensor:
 
 
 class StockParameters:
-    """Every parameter of a model that is not a placeholder of ours."""
+    """Every parameter of a model: what layers of ours hold is none."""
 
-    def __init__(self, plan: Plan, ledger: Ledger) -> None:
+    def __init__(self, plan: RankPlan, ledger: Ledger) -> None:
         self._plan, self._ledger = plan, ledger
         self.delivering = ""  # the checkpoint name of the tensor that is being delivered
         self.tensors: dict[str, StockTensor] = {}
@@ -58,9 +58,7 @@ class StockParameters:
         seen: set[int] = set()
         for prefix, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in seen or getattr(parameter, "is_placeholder", False):
-                    continue
-                if self._is_made_by_kernel(prefix, module, name):
+                if id(parameter) in seen or self._is_made_by_kernel(prefix, module, name):
                     continue
                 seen.add(id(parameter))
                 self._parameters.append(parameter)
@@ -85,8 +83,9 @@ class StockParameters:
             for line in filled:
                 self._ledger.arrive(line)
             if filled:
-                index = _index(module, shard, expert, self._spec(loaded_weight), param)
-                self.tensors[self.delivering] = StockTensor(param, index, loaded_weight.shape, loaded_weight.dtype)
+                spec = self._spec(loaded_weight)
+                index = _index(module, shard, expert, spec, param)
+                self.tensors[self.delivering] = StockTensor(param, index, spec.shape, loaded_weight.dtype)
             return original(param, loaded_weight, *args, **kwargs)
 
         # SGLang's typed parameters have a read-only property of that name.
@@ -95,7 +94,7 @@ class StockParameters:
 
     def _is_made_by_kernel(self, prefix: str, module: torch.nn.Module, name: str) -> bool:
         """Whether a quantized layer's parameter is none of the checkpoint's tensors (Marlin's sorted g_idx, say)."""
-        modules = self._plan.modules
+        modules = self._plan.plan.modules
         if isinstance(module, FusedMoE):
             first, local = expert_modules(prefix, 0, modules)[0], name.partition("_")[2]
         else:
@@ -104,9 +103,13 @@ class StockParameters:
         return planned is not None and planned.format.name != "plain" and local not in planned.tensors
 
     def _spec(self, tensor: torch.Tensor) -> TensorSpec:
+        """What this rank holds of the tensor that is being delivered."""
         name, _, local = self.delivering.rpartition(".")
-        planned = self._plan.modules[name].format
-        specs = get_format(planned.name).tensors(planned.parameters, planned.shape)
+        part = self._plan.parts[name]
+        if local == "bias":
+            begin, end = part.wanted.rows
+            return TensorSpec((), (end - begin,), (Axis("out"),))
+        specs = get_format(part.format.name).tensors(part.format.parameters, part.format.shape)
         return specs.get(local) or TensorSpec((), tuple(tensor.shape), (Axis("out"),) * tensor.dim())
 
 

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..formats import get_format
 from ..formats.base import TORCH_DTYPES, ModuleFormat, TensorSpec
 from ..formats.fusion import fuse, stack, unstack
 from . import LinearKernel, pack
 
-#: A checkpoint module and the format this rank holds it in.
-NamedPart = tuple[str, ModuleFormat]
+
+class NamedPart(NamedTuple):
+    """A checkpoint module and the format this rank holds it in.
+
+    `pad`: zeros that x needs before and after its columns, `trim`: the rows [begin, end) of the product that are
+    wanted, where the rank holds whole units of more columns or rows than its layer has.
+    """
+
+    name: str
+    format: ModuleFormat
+    pad: tuple[int, int] = (0, 0)
+    trim: tuple[int, int] | None = None
 
 
 class CompressedWeight:
     """A checkpoint module's weight [out, in], or several modules' stacked along `out`, compressed at rest."""
 
     def __init__(self, parts: Sequence[NamedPart]) -> None:
-        self.names = tuple(name for name, _ in parts)
-        self.formats = tuple(part for _, part in parts)
+        self.names = tuple(part.name for part in parts)
+        self.formats = tuple(part.format for part in parts)
+        self._pad, self._trim = parts[0].pad, parts[0].trim
+        assert len(parts) == 1 or not any(any(part.pad) or part.trim for part in parts)
         fused = fuse(self.formats)
         assert fused is not None, "parts of one CompressedWeight must be fusable"
         self.format = fused
@@ -61,7 +75,10 @@ class CompressedWeight:
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] -> [rows, out]."""
-        return self.kernel.linear(x, self.resident, self.format)
+        if any(self._pad):
+            x = F.pad(x, self._pad)
+        y = self.kernel.linear(x, self.resident, self.format)
+        return y if self._trim is None else y[:, slice(*self._trim)]
 
     def restore(self) -> dict[str, torch.Tensor]:
         """Full checkpoint name -> tensor, byte for byte as the files hold them."""
@@ -83,7 +100,14 @@ class CompressedWeight:
 
 
 def compress(parts: Sequence[NamedPart]) -> list[tuple[CompressedWeight, range]]:
-    """As few matrices as the formats allow: all parts as one, or one each. The range tells which parts each holds."""
-    if fuse([part for _, part in parts]) is not None:
-        return [(CompressedWeight(parts), range(len(parts)))]
-    return [(CompressedWeight([part]), range(index, index + 1)) for index, part in enumerate(parts)]
+    """As few matrices as the formats allow: neighbours that agree are one. The range tells which parts each holds."""
+    found, begin = [], 0
+    for end in range(1, len(parts) + 1):
+        if end == len(parts) or not _are_one(parts[begin : end + 1]):
+            found.append((CompressedWeight(parts[begin:end]), range(begin, end)))
+            begin = end
+    return found
+
+
+def _are_one(parts: Sequence[NamedPart]) -> bool:
+    return not any(any(part.pad) or part.trim for part in parts) and fuse([part.format for part in parts]) is not None

@@ -2,5 +2,6 @@
 
 from .make import make_plan
 from .plan import Plan, PlannedModule, Row
+from .rank import Part, Rank, RankPlan
 
-__all__ = ["Plan", "PlannedModule", "Row", "make_plan"]
+__all__ = ["Part", "Plan", "PlannedModule", "Rank", "RankPlan", "Row", "make_plan"]

@@ -142,6 +142,11 @@ def is_embedding(name: str) -> bool:
     return name.endswith(_EMBEDDINGS)
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether the module's rows are tokens of the vocabulary."""
+    return name.endswith((*_EMBEDDINGS, "lm_head"))
+
+
 def norm_readers(norm: str, modules: Mapping[str, object]) -> list[str]:
     """The modules of `modules` that read a norm's output; empty for a norm whose output no linear reads."""
     layer, suffix = _split_layer(norm)

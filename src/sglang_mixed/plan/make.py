@@ -12,7 +12,7 @@ from ..checkpoint.pause import collector_paused
 from ..config import MixedPrecisionMap, load_map, locate
 from .cover import cover
 from .families import never_loaded
-from .fused import check_fused_groups
+from .fused import split_notices
 from .plan import Plan, fingerprint
 from .resolve import Assignment, assign, default_source, idle_rules, source_at
 from .same_base import Comparison, check_configs, compare_weights, different_base
@@ -49,10 +49,9 @@ def _make(described: MixedPrecisionMap, base: Path | None) -> Plan:
             configs[base] = read_config(base)
         check_configs(checkpoints[reference].path, checkpoints[reference].config, configs)
     modules, warnings = cover(reference, checkpoints, assignment)
-    check_fused_groups(modules, assignment, checkpoints)
     compared, differing = _compare(reference, checkpoints, described.allow_different_base)
     check_smoothing(compared, modules, assignment)
-    warnings = [*_notices(described, assignment, checkpoints), *differing, *warnings]
+    warnings = [*_notices(described, assignment, checkpoints), *split_notices(modules), *differing, *warnings]
     return Plan(
         described,
         reference,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint import Checkpoint, Entry, join, open_checkpoint
+from ..checkpoint import Checkpoint, join, open_checkpoint
 from ..config import MixedPrecisionMap
 from ..errors import DifferentBaseError, TensorMissingError
 from ..formats import ModuleFormat, TensorInfo, from_json, get_format, to_json
 from . import size
 from .families import model_order
 from .fold import by_template, fold, split_name
+from .rank import ALONE, Rank, RankPlan
 
 _VERSION = 1
 
@@ -81,17 +82,9 @@ class Plan:
             raise TensorMissingError("the plan does not hold this tensor", tensor=tensor)
         return module.source
 
-    def reads(self) -> Iterator[tuple[str, Path, list[tuple[str, Entry]]]]:
-        """(source, file, [(tensor name, entry), ...] in the order of the file) of exactly the planned tensors."""
-        wanted: dict[str, set[str]] = {name: set() for name in self.sources}
-        for module in self.modules.values():
-            wanted[module.source].update([join(module.name, local) for local in module.tensors])
-        for source, checkpoint in self.checkpoints.items():
-            for file, shard in enumerate(checkpoint.shards):
-                names = enumerate(shard.names)
-                found = [(name, shard.entry(file, place)) for place, name in names if name in wanted[source]]
-                if found:
-                    yield source, shard.path, found
+    def rank(self, rank: Rank = ALONE) -> RankPlan:
+        """What one rank holds and reads. Raises ParallelismError where the model cannot be cut that way."""
+        return RankPlan(self, rank)
 
     def module_bytes(self, module: PlannedModule) -> int:
         """Bytes in memory of one module on one rank that holds all of it."""
@@ -102,11 +95,10 @@ class Plan:
         return size.in_16_bits(module.format) + bias_bytes(module, 2)
 
     def weight_bytes(self, tp: int = 1, ep: int = 1) -> int:
-        """Bytes in memory of the fullest rank. Raises ParallelismError where a format cannot be cut that way."""
+        """Bytes in memory of the fullest rank. Raises ParallelismError where the model cannot be cut that way."""
         if tp == ep == 1:
             return _total(self.modules.values(), size.resident)
-        cut = size.Cut(tp, ep, self.checkpoints[self.base].config)
-        return cut.largest_rank((one.name, one.format, one.bias) for one in self.modules.values())
+        return max(self.rank(Rank(tp, ep, number)).weight_bytes for number in range(Rank(tp, ep).tp))
 
     @property
     def file_bytes(self) -> int:

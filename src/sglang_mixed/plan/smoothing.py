@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import FusedGroupError
+from ..errors import SmoothingError
 from .families import norm_readers
 from .fused import advise, describe
 from .plan import PlannedModule
@@ -15,7 +15,7 @@ from .same_base import Comparison
 def check_smoothing(
     compared: Mapping[str, Comparison], modules: Mapping[str, PlannedModule], assignment: Assignment
 ) -> None:
-    """Raise FusedGroupError, with the lines to add, where a changed norm and its readers come from several sources."""
+    """Raise SmoothingError, with the lines to add, where a changed norm and its readers come from several sources."""
     torn: dict[str, list[str]] = {}
     blamed = ""
     for norm in dict.fromkeys(name for comparison in compared.values() for name in comparison.norms):
@@ -32,7 +32,7 @@ def check_smoothing(
     listing = "".join(f"\n    {line}" for line in describe(group, modules, assignment))
     more = f" (and {len(torn) - 1} more norms)" if len(torn) > 1 else ""
     everything = [name for names in torn.values() for name in names]
-    raise FusedGroupError(
+    raise SmoothingError(
         f"{blamed} changed {norm}{more}, and what reads it comes from several sources:{listing}",
         tensor=f"{difference.module}.weight: {difference.ours:.6g} in {blamed}, {difference.base:.6g} in the base",
         rule="where smoothing is folded into a norm, the norm and every linear that reads it come from one source",
