@@ -81,7 +81,8 @@ def rebase(local: str, tensor: torch.Tensor, module_format: ModuleFormat, region
         return tensor
     parameters = module_format.parameters
     if local.endswith("g_idx") and not parameters.act_order and parameters.group_size < module_format.shape[1]:
-        return tensor - region.columns[0] // parameters.group_size
+        first: int = region.columns[0] // parameters.group_size
+        return tensor - first
     if local == "weight_shape":
         spans = torch.tensor([end - begin for begin, end in region], dtype=tensor.dtype)
         return tensor - torch.tensor(module_format.shape, dtype=tensor.dtype) + spans
