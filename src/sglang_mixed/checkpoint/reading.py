@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from ..errors import MissingFileError, TruncatedFileError
 from ..formats.base import ITEM_BYTES, TORCH_DTYPES
 from .header import Entry
 
+MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 #: Of each dimension of a tensor, [begin, end).
 Ranges = tuple[tuple[int, int], ...]
 
@@ -55,7 +56,7 @@ def opened(path: Path) -> Iterator[int]:
 def read_entry(descriptor: int, path: Path, read: Read, destination: torch.Tensor | None = None) -> torch.Tensor:
     """One tensor or the wanted part of it, in memory of its own or in a `destination` of that shape.
 
-    Only the wanted bytes are read. In a destination that is a view the last cut dimension must be contiguous.
+    Only the wanted bytes are read. A destination may be columns of a larger matrix.
     Raises TruncatedFileError where the file has shrunk since its header was read.
     """
     dtype = TORCH_DTYPES[read.entry.dtype]
@@ -63,7 +64,7 @@ def read_entry(descriptor: int, path: Path, read: Read, destination: torch.Tenso
         destination = torch.empty(read.shape, dtype=dtype)
     assert (destination.dtype, destination.shape) == (dtype, read.shape)
     for position, piece in _pieces(read.entry, read.ranges, destination):
-        read_into(descriptor, path, read.name, position, piece.view(-1).view(torch.uint8).numpy().data)
+        read_into(descriptor, path, read.name, position, _buffers(piece))
     return destination
 
 
@@ -84,18 +85,31 @@ def _pieces(entry: Entry, ranges: Ranges | None, destination: torch.Tensor) -> I
         yield first + sum(index * stride for index, stride in zip(place, strides, strict=False)), piece
 
 
-def read_into(descriptor: int, path: Path, name: str, position: int, buffer: memoryview) -> None:
-    """Fill `buffer` with the file's bytes from `position` on."""
-    done = 0
-    while done < len(buffer):
+def _buffers(piece: torch.Tensor) -> list[memoryview]:
+    """A tensor's memory: one buffer, or one a row where rows do not touch."""
+    if piece.is_contiguous():
+        return [piece.view(-1).view(torch.uint8).numpy().data]
+    return [row.data for row in piece.view(torch.uint8).numpy()]
+
+
+def read_into(descriptor: int, path: Path, name: str, position: int, buffers: Sequence[memoryview]) -> None:
+    """Fill the buffers, one after another, with the file's bytes from `position` on."""
+    left = list(buffers)
+    first = 0
+    while first < len(left):
         # Linux moves at most 2 GiB a call.
-        count = os.preadv(descriptor, [buffer[done:]], position + done)
-        if not count:
+        count = os.preadv(descriptor, left[first : first + MAX_BUFFERS], position)
+        if not count and len(left[first]):
             raise TruncatedFileError(
-                f"the file ends at byte {position + done}, inside a tensor",
+                f"the file ends at byte {position}, inside a tensor",
                 file=path,
                 tensor=name,
                 rule="a checkpoint does not change while it is read",
                 remedy="download the file again",
             )
-        done += count
+        position += count
+        while first < len(left) and count >= len(left[first]):
+            count -= len(left[first])
+            first += 1
+        if count:
+            left[first] = left[first][count:]

@@ -15,7 +15,7 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLine
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 
-from ..formats import get_format
+from ..formats import tensor_specs
 from ..formats.base import Axis, Shape, TensorSpec
 from ..plan import RankPlan
 from .ledger import Ledger, Line
@@ -109,7 +109,7 @@ class StockParameters:
         if local == "bias":
             begin, end = part.wanted.rows
             return TensorSpec((), (end - begin,), (Axis("out"),))
-        specs = get_format(part.format.name).tensors(part.format.parameters, part.format.shape)
+        specs = tensor_specs(part.format)
         return specs.get(local) or TensorSpec((), tuple(tensor.shape), (Axis("out"),) * tensor.dim())
 
 

@@ -8,11 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import FormatError, UnknownFormatError, nearest
-from .base import ModuleFormat, TensorInfo, WeightFormat, tensor_bytes
+from .base import ModuleFormat, TensorInfo, TensorSpec, WeightFormat, tensor_bytes
 from .detector import Detector
 from .serialize import from_json, to_json
 
-__all__ = ["Detector", "ModuleFormat", "TensorInfo", "detect", "from_json", "get_format", "nbytes", "to_json"]
+__all__ = [
+    "Detector",
+    "ModuleFormat",
+    "TensorInfo",
+    "detect",
+    "from_json",
+    "get_format",
+    "nbytes",
+    "tensor_specs",
+    "to_json",
+]
 
 #: name -> module:class, in the order they are tried; plain takes what the others leave.
 FORMATS: dict[str, str] = {}
@@ -25,8 +35,17 @@ def register(name: str, where: str) -> None:
     FORMATS[name] = where
 
 
-for _name, _where in (("gptq", "gptq:GPTQ"), ("fp8", "fp8:FP8"), ("int8", "int8:Int8"), ("plain", "plain:Plain")):
-    register(_name, f"{__name__}.{_where}")
+for _name, _kind in (
+    ("gptq", "GPTQ"),
+    ("awq", "AWQ"),
+    ("packed", "Packed"),
+    ("fp8", "FP8"),
+    ("int8", "Int8"),
+    ("nvfp4", "NVFP4"),
+    ("mxfp4", "MXFP4"),
+    ("plain", "Plain"),
+):
+    register(_name, f"{__name__}.{_name}:{_kind}")
 
 
 @functools.cache
@@ -44,8 +63,14 @@ def detect(module: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
 
 
 @functools.lru_cache(maxsize=65536)
+def tensor_specs(module_format: ModuleFormat) -> Mapping[str, TensorSpec]:
+    """Local name -> what it must be, of a module of this format."""
+    return get_format(module_format.name).tensors(module_format.parameters, module_format.shape)
+
+
+@functools.lru_cache(maxsize=65536)
 def nbytes(module_format: ModuleFormat) -> int:
     """Exact bytes of the module's tensors as stored, `bias` left out (unless it is all there is)."""
-    specs = get_format(module_format.name).tensors(module_format.parameters, module_format.shape)
+    specs = tensor_specs(module_format)
     counted = [spec for name, spec in specs.items() if name != "bias" or len(specs) == 1]
     return sum(tensor_bytes(TensorInfo(spec.dtypes[0], spec.shape)) for spec in counted)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import get_format
+from . import tensor_specs
 from .base import ModuleFormat, Shape, TensorSpec
 
 
@@ -30,28 +30,15 @@ def fuse(parts: Sequence[ModuleFormat]) -> ModuleFormat | None:
     return ModuleFormat(first.name, _stacked_parameters(parts), (rows, first.shape[1]))
 
 
-def stack(tensors: Sequence[Mapping[str, torch.Tensor]], parts: Sequence[ModuleFormat]) -> dict[str, torch.Tensor]:
-    """The fused weight's tensors, from each part's. A tensor that does not follow `out` is the first part's."""
-    if len(parts) == 1:
-        return dict(tensors[0])
-    stacked = {}
-    for local, spec in _specs(parts[0]).items():
-        if local not in tensors[0]:
-            continue
-        axis = _out_axis(spec)
-        stacked[local] = tensors[0][local] if axis is None else torch.cat([part[local] for part in tensors], axis)
-    return stacked
-
-
 def unstack(tensors: Mapping[str, torch.Tensor], parts: Sequence[ModuleFormat]) -> list[dict[str, torch.Tensor]]:
-    """The inverse of `stack`: each part's tensors, as views where the layout allows."""
+    """Each part's tensors of a stacked weight, as views. One that does not follow `out` is the same in every part."""
     if len(parts) == 1:
         return [dict(tensors)]
     result, begin = [], 0
     for part in parts:
-        specs, views = _specs(part), {}
+        specs, views = tensor_specs(part), {}
         for local, tensor in tensors.items():
-            axis = _out_axis(specs[local])
+            axis = out_axis(specs[local])
             if axis is None:
                 views[local] = tensor
                 continue
@@ -62,11 +49,8 @@ def unstack(tensors: Mapping[str, torch.Tensor], parts: Sequence[ModuleFormat]) 
     return result
 
 
-def _specs(part: ModuleFormat) -> dict[str, TensorSpec]:
-    return get_format(part.name).tensors(part.parameters, part.shape)
-
-
-def _out_axis(spec: TensorSpec) -> int | None:
+def out_axis(spec: TensorSpec) -> int | None:
+    """The dimension along which parts are stacked; None for a tensor that does not follow the outputs."""
     return next((dim for dim, axis in enumerate(spec.axes) if axis.role == "out"), None)
 
 
@@ -75,8 +59,8 @@ def _shapeless(parameters: Any) -> tuple[object, ...]:
 
 
 def _stackable(part: ModuleFormat, last: bool) -> bool:
-    for local, spec in _specs(part).items():
-        axis = _out_axis(spec)
+    for local, spec in tensor_specs(part).items():
+        axis = out_axis(spec)
         if axis is None:
             # Only GPTQ's g_idx without act-order is fixed by the parameters, hence the same in every part.
             if local != "g_idx" or part.parameters.act_order:
@@ -91,7 +75,7 @@ def _stacked_parameters(parts: Sequence[ModuleFormat]) -> Any:
     if not hasattr(parameters, "scale_shape"):
         return parameters
     name = parameters.scale_name
-    axis = _out_axis(_specs(parts[0])[name])
+    axis = out_axis(tensor_specs(parts[0])[name])
     assert axis is not None
     shapes: list[Shape] = [part.parameters.scale_shape for part in parts]
     rows = sum(shape[axis] for shape in shapes)

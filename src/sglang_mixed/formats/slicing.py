@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import get_format
-from .base import Axis, ModuleFormat, Shape, TensorSpec
+from . import tensor_specs
+from .base import Axis, ModuleFormat, Shape
 
 #: [begin, end) indices of one dimension.
 Range = tuple[int, int]
@@ -62,7 +62,7 @@ def tensor_ranges(module_format: ModuleFormat, region: Region) -> dict[str, tupl
     """Local name -> which part of each of its dimensions a widened region takes."""
     sizes = whole(module_format.shape)
     found = {}
-    for local, spec in _specs(module_format).items():
+    for local, spec in tensor_specs(module_format).items():
         ranges = []
         for axis, length in zip(spec.axes, spec.shape, strict=True):
             place = {"out": 0, "in": 1}.get(axis.role or "")
@@ -89,12 +89,8 @@ def rebase(local: str, tensor: torch.Tensor, module_format: ModuleFormat, region
     return tensor
 
 
-def _specs(module_format: ModuleFormat) -> dict[str, TensorSpec]:
-    return get_format(module_format.name).tensors(module_format.parameters, module_format.shape)
-
-
 def _axes(module_format: ModuleFormat, role: str) -> Iterator[Axis]:
-    return (axis for spec in _specs(module_format).values() for axis in spec.axes if axis.role == role)
+    return (axis for spec in tensor_specs(module_format).values() for axis in spec.axes if axis.role == role)
 
 
 def _cut_parameters(module_format: ModuleFormat, region: Region) -> Any:

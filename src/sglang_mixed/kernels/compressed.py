@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..formats import get_format
-from ..formats.base import TORCH_DTYPES, ModuleFormat, TensorSpec
-from ..formats.fusion import fuse, stack, unstack
+from ..formats import tensor_specs
+from ..formats.base import TORCH_DTYPES, ModuleFormat
+from ..formats.fusion import fuse, out_axis, unstack
 from . import LinearKernel, pack
 
 
@@ -48,17 +48,20 @@ class CompressedWeight:
         """One more tensor will be received."""
         self._missing.add((part, local))
         if len(self.names) > 1 and local not in self._stacked:
-            spec = self._spec(local)
-            if spec.axes[0].role == "out":
+            spec = tensor_specs(self.format)[local]
+            if out_axis(spec) is not None:
                 self._stacked[local] = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtypes[0]])
 
     def destination(self, part: int, local: str) -> torch.Tensor | None:
-        """Where a tensor may be read to directly: its rows of the stacked one. None if it must be received as it is."""
+        """Where a tensor may be read to directly: its part of the stacked one. None if it must be received as it is."""
         stacked = self._stacked.get(local)
         if stacked is None:
             return None
-        unit, before = self._spec(local).axes[0], sum(one.shape[0] for one in self.formats[:part])
-        return stacked.narrow(0, unit.length(before), unit.length(self.formats[part].shape[0]))
+        spec = tensor_specs(self.format)[local]
+        axis = out_axis(spec)
+        assert axis is not None
+        unit, before = spec.axes[axis], sum(one.shape[0] for one in self.formats[:part])
+        return stacked.narrow(axis, unit.length(before), unit.length(self.formats[part].shape[0]))
 
     def receive(self, part: int, local: str, tensor: torch.Tensor) -> None:
         """Take one checkpoint tensor of one part; the last one turns all into what the kernel reads."""
@@ -69,7 +72,8 @@ class CompressedWeight:
             place.copy_(tensor)
         self._missing.remove((part, local))
         if not self._missing:
-            tensors = {**stack(self._pending, self.formats), **self._stacked}
+            # What does not follow the outputs (a g_idx without act-order) is the same in every part.
+            tensors = {**self._pending[0], **self._stacked}
             self.kernel, self.resident = pack(tensors, self.format)
             self._pending, self._stacked = [], {}
 
@@ -88,9 +92,6 @@ class CompressedWeight:
             for name, part in zip(self.names, parts, strict=True)
             for local, tensor in part.items()
         }
-
-    def _spec(self, local: str) -> TensorSpec:
-        return get_format(self.format.name).tensors(self.format.parameters, self.format.shape)[local]
 
     @property
     def nbytes(self) -> int:

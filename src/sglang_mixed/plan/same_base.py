@@ -109,7 +109,7 @@ def _samples(checkpoint: Checkpoint, modules: list[str]) -> dict[str, Sample]:
                 buffer = bytearray()
                 for begin, end in _places(module, entry):
                     piece = bytearray(end - begin)
-                    read_into(descriptor, path, join(module, "weight"), begin, memoryview(piece))
+                    read_into(descriptor, path, join(module, "weight"), begin, [memoryview(piece)])
                     buffer += piece
                 found[module] = entry.dtype, bytes(buffer)
     return found
