@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from . import run_engine
+from .zygote import Job, Zygote, start_fresh
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 SMALL = {"mem_fraction_static": 0.2, "max_total_tokens": 16384}
 FLAGS = ["--mem-fraction-static", "0.2", "--max-total-tokens", "16384"]
+RUN_COMMAND = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+#: What a console script's command does.
+RUN_SCRIPT = """\
+import sys
+from importlib.metadata import entry_points
+(script,) = entry_points(group="console_scripts", name=sys.argv[1])
+sys.argv = sys.argv[1:]
+sys.exit(script.load()())
+"""
 
 
 def http(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
@@ -31,28 +45,35 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Server:
-    """`sglang serve` (or another launcher) as a subprocess."""
+@functools.cache
+def zygote() -> Zygote:
+    return Zygote()
 
-    def __init__(self, log: Path, *arguments: str | Path, command: tuple[str, ...] = ("sglang", "serve")) -> None:
+
+class Server:
+    """`sglang serve`, or another launcher: a true command, or forked from the zygote where that is not the point."""
+
+    def __init__(
+        self, log: Path, *arguments: str | Path, command: tuple[str, ...] = ("sglang", "serve"), fresh: bool = True
+    ) -> None:
         self.log, port = log, free_port()
         self.url = f"http://127.0.0.1:{port}"
-        program = [str(Path(sys.executable).parent / command[0]), *command[1:]]
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*program, *map(str, arguments), "--port", str(port), *FLAGS], stdout=output, stderr=output
-            )
+        flags = [*command[1:], *map(str, arguments), "--port", str(port), *FLAGS]
+        if fresh:
+            self.job = start_fresh(log, RUN_COMMAND, str(Path(sys.executable).parent / command[0]), *flags)
+        else:
+            self.job = zygote().start(log, RUN_SCRIPT, command[0], *flags, "--skip-server-warmup")
 
     def wait(self, seconds: float = 300) -> Server:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
+            if (status := self.job.poll()) is not None:
+                raise AssertionError(f"the server ended with {status}:\n{self.log.read_text()}")
             try:
                 http(f"{self.url}/model_info")
                 return self
             except OSError:
-                time.sleep(0.5)
+                time.sleep(0.1)
         raise AssertionError(f"no answer after {seconds} s:\n{self.log.read_text()}")
 
     def generate(self, prompts: list[list[int]], **request: Any) -> list[dict[str, Any]]:
@@ -60,35 +81,46 @@ class Server:
         return answers
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+        """Ends as an operator ends it, and makes sure of what that leaves."""
+        self.job.terminate()
+        try:
+            self.job.wait(60)
+        finally:
+            self.job.kill()
 
 
 class Engine:
     """`sgl.Engine` in a process of its own, answering the requests it was started with."""
 
     def __init__(self, log: Path, model: Path, *requests: dict[str, Any], **arguments: Any) -> None:
-        self.log = log
-        job = {"arguments": {"model_path": str(model), **SMALL, **arguments}, "requests": requests}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.run_engine"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("wb"),
-            text=True,
-            cwd=Path(__file__).parents[2],
+        self.log, asked, self.answered = log, log.with_suffix(".asked.json"), log.with_suffix(".answered.json")
+        asked.write_text(
+            json.dumps({"arguments": {"model_path": str(model), **SMALL, **arguments}, "requests": requests})
         )
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(job))
-        self.process.stdin.close()
+        # A context of an accelerator does not survive a fork.
+        start = start_fresh if torch.accelerator.is_available() else zygote().start
+        self.job = start(log, run_engine.CODE, str(asked), str(self.answered))
 
-    def result(self) -> dict[str, Any]:
+    def result(self, seconds: float = 300) -> dict[str, Any]:
         """{"answers": one list per request, "memory": statistics of a mix}."""
-        assert self.process.stdout
-        output = self.process.stdout.read()
-        assert self.process.wait() == 0, f"the engine ended:\n{self.log.read_text()}"
-        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        try:
+            status: int | str = self.job.wait(seconds)
+        except TimeoutError as error:
+            status = str(error)
+        finally:
+            self.job.kill()
+        assert status == 0, f"the engine ended ({status}):\n{self.log.read_text()}"
+        result: dict[str, Any] = json.loads(self.answered.read_text())
         return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    for job in tuple(Job.alive):
+        job.kill()
+    if zygote.cache_info().currsize:
+        zygote().stop()
 
 
 def held_out_prompts() -> list[list[int]]:

@@ -1,22 +1,28 @@
-"""One `sgl.Engine` in a process of its own: its shutdown ends every child of the process it runs in.
-
-Reads JSON {"arguments": {...}, "requests": [{...}, ...]} from stdin; writes the answers, and the memory statistics
-where a mix was served, as the last line of stdout.
-"""
+"""One `sgl.Engine` in a process of its own: its shutdown ends every child of the process it runs in."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
-import sglang
+CODE = "from tests.engine.run_engine import main; main()"
 
-from sglang_mixed import get_mixed_precision_memory_stats
 
-if __name__ == "__main__":
-    job = json.load(sys.stdin)
+def main() -> None:
+    """Read JSON {"arguments": {...}, "requests": [{...}, ...]} from one file; write the answers to another.
+
+    The memory statistics stand beside the answers where a mix was served.
+    """
+    import sglang
+
+    from sglang_mixed import get_mixed_precision_memory_stats
+
+    asked, answered = map(Path, sys.argv[1:])
+    job = json.loads(asked.read_text())
     engine = sglang.Engine(**job["arguments"])
     answers = [engine.generate(**request) for request in job["requests"]]
     mixed = job["arguments"].get("enable_mixed_precision")
-    print(json.dumps({"answers": answers, "memory": get_mixed_precision_memory_stats() if mixed else None}))
+    result = {"answers": answers, "memory": get_mixed_precision_memory_stats() if mixed else None}
+    answered.write_text(json.dumps(result))
     engine.shutdown()
