@@ -14,6 +14,7 @@ from typing import Any
 from ..config import MixedPrecisionMap, load_map
 from ..errors import EngineError, MapError, MixedPrecisionError, UnsupportedError
 from ..plan import Plan, make_plan
+from .unsupported import refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,13 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
     group.add_argument(
         "--allow-different-base", action="store_true", help="Mix sources although their 16-bit weights differ."
     )
+    if not any("--enable-ep-moe" in action.option_strings for action in parser._actions):
+        parser.add_argument("--enable-ep-moe", action="store_true", help="An older name: --ep-size equal to --tp-size.")
     parse_args = parser.parse_args
 
     def parse_and_note(args: Any = None, namespace: Any = None) -> argparse.Namespace:
         parsed: argparse.Namespace = parse_args(args, namespace)
-        if parsed.enable_mixed_precision:
+        if parsed.enable_mixed_precision or parsed.enable_ep_moe:
             parsed.explicit_arguments = _given(parser, parse_args, args)
         return parsed
 
@@ -87,14 +90,15 @@ def engine_arguments(server_args_class: Callable[..., Any]) -> Callable[..., Any
 
     def build(**arguments: Any) -> Any:
         overrides = translate(arguments, set(arguments))
-        ours = ("enable_mixed_precision", "mixed_precision_config", "allow_different_base")
+        ours = ("enable_mixed_precision", "mixed_precision_config", "allow_different_base", "enable_ep_moe")
         return server_args_class(**{k: v for k, v in arguments.items() if k not in ours} | overrides)
 
     return build
 
 
 def translate(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[str, Any]:
-    """SGLang arguments to set; empty without our flag. Plans and checks everything, before any process is started."""
+    """SGLang arguments to set; none without our flags. Plans and checks everything, before any process is started."""
+    overrides = _expert_parallel(arguments, explicit)
     path = arguments.get("mixed_precision_config")
     if not arguments.get("enable_mixed_precision"):
         if path:
@@ -103,29 +107,27 @@ def translate(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[s
                 file=path,
                 remedy="add --enable-mixed-precision, or leave the map out to serve the checkpoint as it is",
             )
-        return {}
+        return overrides
     if not path:
         raise MapError(
             "--enable-mixed-precision needs a map", remedy="add --mixed-precision-config MAP.yaml (see the README)"
         )
-    _refuse_unsupported(arguments)
     described = dataclasses.replace(
         load_map(Path(path)), allow_different_base=bool(arguments.get("allow_different_base"))
     )
+    overrides |= _from_sections(described, arguments, explicit)
+    refuse_unsupported({**arguments, **overrides})
     base = str(arguments["model_path"])
     plan = make_plan(described, base=base)
     for warning in plan.warnings:
         logger.warning("mixed precision: %s", warning)
     request = Request(described.to_json(), base, plan.fingerprint)
     extra = json.loads(arguments.get("model_loader_extra_config") or "{}")
-    overrides: dict[str, Any] = {
+    return overrides | {
         "quantization": "mixed_precision",
         "model_loader_extra_config": json.dumps(extra | {"mixed_precision": dataclasses.asdict(request)}),
         "disable_shared_experts_fusion": True,
     }
-    if arguments.get("speculative_draft_model_path") and not arguments.get("speculative_draft_model_quantization"):
-        overrides["speculative_draft_model_quantization"] = "unquant"
-    return overrides | _from_sections(described, arguments, explicit)
 
 
 def _from_sections(
@@ -146,23 +148,18 @@ def _from_sections(
     return overrides
 
 
-def _refuse_unsupported(arguments: Mapping[str, Any]) -> None:
-    refused = {
-        "quantization": (None, "mixed_precision"),
-        "load_format": (None, "auto", "safetensors"),
-        "startup_weight_load_mode": (None, "serial"),
-        "enable_eplb": (None, False),
-        "ep_num_redundant_experts": (None, 0),
-    }
-    for name, allowed in refused.items():
-        value = arguments.get(name)
-        if value not in allowed:
-            flag = "--" + name.replace("_", "-")
-            raise UnsupportedError(
-                f"{flag} {value} cannot be combined with --enable-mixed-precision",
-                rule="the map alone decides how each weight is stored and loaded",
-                remedy=f"leave {flag} out",
-            )
+def _expert_parallel(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[str, Any]:
+    """`--enable-ep-moe`, which SGLang has dropped: every tensor-parallel rank holds its own experts."""
+    if not arguments.get("enable_ep_moe"):
+        return {}
+    tp_size, ep_size = arguments.get("tp_size") or 1, arguments.get("ep_size")
+    if "ep_size" in explicit and ep_size != tp_size:
+        raise UnsupportedError(
+            f"--enable-ep-moe means --ep-size {tp_size} (the --tp-size), but --ep-size {ep_size} is given too",
+            remedy="leave one of the two out",
+        )
+    logger.warning("--enable-ep-moe is an older name: served with --ep-size %d, the --tp-size", tp_size)
+    return {"ep_size": tp_size}
 
 
 def _given(parser: argparse.ArgumentParser, parse_args: Callable[..., argparse.Namespace], args: Any) -> set[str]:

@@ -1,0 +1,119 @@
+"""Several ranks on `torch_cpu`: collectives over gloo, and one host's cores and memory shared out among its ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import psutil
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: What SGLang's documentation calls the operator's list of cores, one group a rank: "0-15|16-31".
+BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
+_shares: list[str] = []
+
+
+def hooks() -> dict[str, Callable[..., Any]]:
+    """SGLang function -> what goes around it."""
+    return {
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_threads_binding": init_threads_binding,
+        "sglang.srt.utils.common.get_cpu_ids_by_node": get_cpu_ids_by_node,
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__": init_group,
+        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native": moe_forward_native,
+    }
+
+
+def init_threads_binding(original: Callable[..., None], runner: Any) -> None:
+    """Hook around the model runner's thread binding, which wants a NUMA node for every rank and binds only with AMX.
+
+    Threads are divided, not pinned: two servers on one host would pin their first ranks to the same cores.
+    """
+    arguments = runner.server_args
+    _shares[:] = share_cores(sorted(os.sched_getaffinity(0)), ranks_on_host(arguments))
+    # All ranks of a host measure the same memory, one a little later than the other: what SGLang takes for imbalance.
+    os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
+    if arguments.nnodes > 1:
+        choose_interface(arguments.dist_init_addr)
+    if os.environ.get(BINDING, "all") != "all":
+        original(runner)
+        cores = parse_cores(runner.local_omp_cpuid)
+        os.sched_setaffinity(0, cores)
+        threads = len(cores)
+    else:
+        runner.local_omp_cpuid = _shares[runner.gpu_id % len(_shares)]
+        threads = max(1, torch.get_num_threads() // len(_shares))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    logger.info("torch_cpu: %d ranks on this host, %d threads for this one", len(_shares), torch.get_num_threads())
+
+
+def ranks_on_host(arguments: Any) -> int:
+    """How many scheduler processes one host runs. With DP attention the DP ranks are the TP ranks."""
+    dp = 1 if arguments.enable_dp_attention else arguments.dp_size
+    return max(1, dp * arguments.tp_size * arguments.pp_size // arguments.nnodes)
+
+
+def share_cores(cores: list[int], ranks: int) -> list[str]:
+    """Cores -> one comma-separated run per rank, as even as can be; ranks share cores where there are more of them."""
+    if ranks >= len(cores):
+        return [str(cores[rank % len(cores)]) for rank in range(ranks)]
+    bounds = [rank * len(cores) // ranks for rank in range(ranks + 1)]
+    return [",".join(map(str, cores[begin:end])) for begin, end in pairwise(bounds)]
+
+
+def parse_cores(text: str) -> set[int]:
+    """ "0-2,5" -> {0, 1, 2, 5}."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def get_cpu_ids_by_node(original: Callable[..., list[str]]) -> list[str]:
+    """Hook around SGLang's list of NUMA nodes, by whose number it divides the host's memory: here a rank is a node."""
+    return list(_shares) or [",".join(map(str, sorted(os.sched_getaffinity(0))))]
+
+
+def choose_interface(address: str) -> None:
+    """Let gloo listen where the first node can be reached: it looks up the host's name, often a loopback address."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    host, _, port = address.rpartition(":")
+    family, kind, *_, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing: it only picks a route
+        own = probe.getsockname()[0]
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == own for one in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def init_group(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Hook around a group's constructor: communicators of accelerators stay off, which leaves torch's gloo group."""
+    accelerated = ("use_pynccl", "use_pymscclpp", "use_custom_allreduce", "use_torch_symm_mem_all_reduce")
+    original(*args, **kwargs | dict.fromkeys(accelerated, False))
+
+
+def moe_forward_native(
+    original: Callable[..., torch.Tensor], layer: torch.nn.Module, x: torch.Tensor, topk_output: Any, config: Any
+) -> torch.Tensor:
+    """Hook around SGLang's MoE in plain torch, which knows no -1: an expert of another rank, or padding.
+
+    Only the other (token, expert) pairs are computed, each as a token of its own; x [tokens, hidden] -> the same.
+    """
+    weights, ids, *_ = topk_output
+    if (ids >= 0).all():
+        return original(layer, x, topk_output, config)
+    tokens, places = (ids >= 0).nonzero(as_tuple=True)
+    output = torch.zeros(x.shape)
+    if len(tokens):
+        pairs = topk_output._replace(topk_weights=weights[tokens, places, None], topk_ids=ids[tokens, places, None])
+        output.index_add_(0, tokens, original(layer, x[tokens], pairs, config).float())
+    return output.to(x.dtype)
