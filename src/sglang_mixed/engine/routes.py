@@ -10,30 +10,62 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..errors import EngineError
 from . import state
 
 MARK = "mixed_precision"
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 
 
 def get_internal_state(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    """Hook around the scheduler's handler: a marked request is answered with this rank's report."""
+    """Hook around the scheduler's handler, which every rank runs: a marked request gets all their reports."""
     question = request.rid or ""
-    if not question.startswith(MARK) or state.proof is None:
+    if not question.startswith(MARK):
         return original(scheduler, request)
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
-    return GetInternalStateReqOutput(internal_state=state.proof.report(modules=question.endswith("modules")))
+    report = _report(modules=question.endswith("modules"))
+    ranks = _gather({key: value for key, value in report.items() if key != "modules"})
+    return GetInternalStateReqOutput(
+        internal_state={**report, "tensor_parallel_ranks": ranks} if len(ranks) > 1 else report
+    )
+
+
+def _report(modules: bool) -> dict[str, Any]:
+    # Whatever happens here, the other ranks wait in the gather.
+    try:
+        if state.proof is None:
+            raise EngineError("no mixed-precision model runs in this process")
+        return state.proof.report(modules)
+    except Exception as error:
+        return {"error": str(error)}
+
+
+def _gather(report: dict[str, Any]) -> list[dict[str, Any]]:
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    reports: list[dict[str, Any]] = [report] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(reports, report, group=group.cpu_group)
+    return reports
 
 
 async def ask_schedulers(modules: bool = True) -> list[dict[str, Any]]:
-    """The reports of all DP ranks."""
+    """The reports of all DP ranks, each with those of its TP ranks. Raises EngineError if one has none."""
     from sglang.srt.managers.io_struct import GetInternalStateReq
 
-    manager = state.tokenizer_manager
+    manager = state.tokenizer_manager or sys.modules[HTTP_SERVER].get_global_state().tokenizer_manager
     manager.auto_create_handle_loop()
     request = GetInternalStateReq(rid=f"{MARK}/modules" if modules else MARK)
-    return [answer.internal_state for answer in await manager.get_internal_state_communicator(request)]
+    reports = [answer.internal_state for answer in await manager.get_internal_state_communicator(request)]
+    for report in reports:
+        for rank in report.get("tensor_parallel_ranks", [report]):
+            if "error" in rank:
+                raise EngineError(f"a rank has no report: {rank['error']}")
+    return reports
 
 
 def launch_subprocesses(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -43,13 +75,28 @@ def launch_subprocesses(original: Callable[..., Any], *args: Any, **kwargs: Any)
     if getattr(server_args, "quantization", None) != "mixed_precision":
         return result
     state.tokenizer_manager = result[0]
-    if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
-        http_server.app.add_api_route("/mixed_precision", mixed_precision, methods=["GET"])
+    if http_server := sys.modules.get(HTTP_SERVER):
+        add_routes(http_server.app)
     return result
 
 
+def run_uvicorn(original: Callable[..., None], app: Any, *args: Any, **kwargs: Any) -> None:
+    """Hook around `uvicorn.run`: tokenizer workers are new processes that import the app by name; they get ours."""
+    if app == f"{HTTP_SERVER}:app" and state.tokenizer_manager is not None:
+        app = f"{__package__}.worker:app"
+    original(app, *args, **kwargs)
+
+
+def add_routes(app: Any) -> None:
+    """Add our routes to SGLang's FastAPI app."""
+    app.add_api_route("/mixed_precision", mixed_precision, methods=["GET"])
+
+
 async def mixed_precision(modules: bool = True) -> dict[str, Any]:
-    """`GET /mixed_precision`: the proof and the memory of rank 0, and one report per further data-parallel rank."""
+    """`GET /mixed_precision`: the proof and the memory of rank 0; per further rank a report without modules.
+
+    `tensor_parallel_ranks` are all of a group, rank 0 too; `data_parallel_ranks` are the other groups.
+    """
     first, *others = await ask_schedulers(modules)
     return {**first, "data_parallel_ranks": others} if others else first
 
