@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
+
+from .launch import TINY
 
 REQUEST: dict[str, Any] = {
     "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True},
@@ -11,6 +14,20 @@ REQUEST: dict[str, Any] = {
     "top_logprobs_num": 2,
 }
 BOUND = 0.02
+
+
+def held_out_prompts() -> list[list[int]]:
+    """20 prompts of held-out text, 16 to 130 tokens."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(TINY / "bf16" / "tokenizer.json")).encode((TINY / "heldout.txt").read_text()).ids
+    return [ids[200 * index : 200 * index + 16 + 6 * index] for index in range(20)]
+
+
+def random_prompts(vocabulary: int) -> list[list[int]]:
+    """20 prompts of 12 to 31 tokens, for a model that was never trained."""
+    choose = random.Random(0)
+    return [[choose.randrange(2, vocabulary) for _ in range(12 + index)] for index in range(20)]
 
 
 def largest_difference(mixed: list[dict[str, Any]], reference: list[dict[str, Any]]) -> float:

@@ -177,6 +177,8 @@ class Job:
 
     def kill(self) -> None:
         """End the process and all that it launched, now."""
+        if self not in self.alive:
+            return
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
@@ -222,7 +224,8 @@ class Zygote:
     def stop(self) -> None:
         """End it; the jobs it started live on."""
         self.launcher.connection.close()
-        self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
 
 
 def start_fresh(log: Path, code: str, *arguments: str) -> Job:

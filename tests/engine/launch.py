@@ -1,0 +1,121 @@
+"""Real servers and engines, each a process with its log: forked from one zygote a session, or truly started."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import run_engine
+from .zygote import Job, Zygote, start_fresh
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+SMALL = {"mem_fraction_static": 0.2, "max_total_tokens": 16384}
+FLAGS = ["--mem-fraction-static", "0.2", "--max-total-tokens", "16384"]
+RUN_COMMAND = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+#: What a console script's command does.
+RUN_SCRIPT = """\
+import sys
+from importlib.metadata import entry_points
+(script,) = entry_points(group="console_scripts", name=sys.argv[1])
+sys.argv = sys.argv[1:]
+sys.exit(script.load()())
+"""
+
+
+def http(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        return json.loads(response.read() or "null")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@functools.cache
+def zygote() -> Zygote:
+    return Zygote()
+
+
+class Server:
+    """`sglang serve`, or another launcher: a true command, or forked from the zygote where that is not the point."""
+
+    def __init__(
+        self, log: Path, *arguments: str | Path, command: tuple[str, ...] = ("sglang", "serve"), fresh: bool = True
+    ) -> None:
+        self.log, port = log, free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        flags = [*command[1:], *map(str, arguments), "--port", str(port), *FLAGS]
+        if fresh:
+            self.job = start_fresh(log, RUN_COMMAND, str(Path(sys.executable).parent / command[0]), *flags)
+        else:
+            self.job = zygote().start(log, RUN_SCRIPT, command[0], *flags, "--skip-server-warmup")
+
+    def wait(self, seconds: float = 300) -> Server:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (status := self.job.poll()) is not None:
+                raise AssertionError(f"the server ended with {status}:\n{self.log.read_text()}")
+            try:
+                http(f"{self.url}/model_info")
+                return self
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError(f"no answer after {seconds} s:\n{self.log.read_text()}")
+
+    def generate(self, prompts: list[list[int]], **request: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = http(f"{self.url}/generate", {"input_ids": prompts, **request})
+        return answers
+
+    def stop(self) -> None:
+        """Ends as an operator ends it, and makes sure of what that leaves."""
+        self.job.terminate()
+        try:
+            self.job.wait(60)
+        finally:
+            self.job.kill()
+
+
+class Engine:
+    """`sgl.Engine` in a process of its own, answering the requests it was started with."""
+
+    def __init__(self, log: Path, model: Path, *requests: dict[str, Any], **arguments: Any) -> None:
+        self.log, asked, self.answered = log, log.with_suffix(".asked.json"), log.with_suffix(".answered.json")
+        asked.write_text(
+            json.dumps({"arguments": {"model_path": str(model), **SMALL, **arguments}, "requests": requests})
+        )
+        # A context of an accelerator does not survive a fork.
+        start = start_fresh if torch.accelerator.is_available() else zygote().start
+        self.job = start(log, run_engine.CODE, str(asked), str(self.answered))
+
+    def result(self, seconds: float = 300) -> dict[str, Any]:
+        """{"answers": one list per request, "memory": statistics of a mix}."""
+        try:
+            status: int | str = self.job.wait(seconds)
+        except TimeoutError as error:
+            status = str(error)
+        finally:
+            self.job.kill()
+        assert status == 0, f"the engine ended ({status}):\n{self.log.read_text()}"
+        result: dict[str, Any] = json.loads(self.answered.read_text())
+        return result
+
+
+def stop_all() -> None:
+    """End everything that was started here and still runs."""
+    for job in tuple(Job.alive):
+        job.kill()
+    if zygote.cache_info().currsize:
+        zygote().stop()
+        zygote.cache_clear()
