@@ -17,6 +17,7 @@ from ..stream import ReadLog, stream
 from . import state
 from .arguments import Request
 from .cpu_platform import runs_on_torch_cpu
+from .latent import derive_latent_weights
 from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
@@ -55,6 +56,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         finally:
             state.loading = None
             torch.set_num_threads(threads)
+        proof.derived_bytes = derive_latent_weights(model)
         proof.complete(model, time.perf_counter() - started)
         state.proof = proof
         logger.info("%s", proof.summary())

@@ -10,6 +10,7 @@ Shard = str | int | None
 FUSED: dict[str, tuple[tuple[Shard, str], ...]] = {
     "qkv_proj": (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")),
     "gate_up_proj": ((0, "gate_proj"), (1, "up_proj")),
+    "fused_qkv_a_proj_with_mqa": ((0, "q_a_proj"), (1, "kv_a_proj_with_mqa")),
 }
 #: What checkpoints call an expert's gate, up and down projection.
 EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))

@@ -36,6 +36,8 @@ class Proof:
         self._memory: dict[str, str] = {}
         self._file: dict[str, str] = {}
         self._casts: dict[str, str] = {}
+        #: Bytes that the model keeps besides its weights, such as the halves of a latent attention's kv_b_proj.
+        self.derived_bytes = 0
         self._state = "running"
         self._parameter_bytes = 0
         self._seconds = self._verify_seconds = 0.0
@@ -87,6 +89,7 @@ class Proof:
             "planned_bytes": self._plan.weight_bytes,
             "weight_bytes": self.weight_bytes,
             "padding_bytes": self._stock.padding,
+            "derived_bytes": self.derived_bytes,
             "bytes_read": self._log.bytes_read,
             "load_seconds": self._seconds,
             "verification": {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..formats import tensor_specs
+from ..formats import get_format, tensor_specs
 from ..formats.base import TORCH_DTYPES, ModuleFormat
 from ..formats.fusion import fuse, out_axis, unstack
 from . import LinearKernel, pack
@@ -92,6 +92,13 @@ class CompressedWeight:
             for name, part in zip(self.names, parts, strict=True)
             for local, tensor in part.items()
         }
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight [out, in] by the format's reference, without what only fills its units."""
+        tensors = self.kernel.unpack(self.resident, self.format)
+        weight = get_format(self.format.name).dequantize(tensors, self.format.parameters, dtype)
+        rows, (before, after) = self._trim or (0, len(weight)), self._pad
+        return weight[slice(*rows), before : weight.shape[1] - after]
 
     @property
     def nbytes(self) -> int:
