@@ -17,8 +17,9 @@ from . import run_engine
 from .zygote import Job, Zygote, start_fresh
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
-SMALL = {"mem_fraction_static": 0.2, "max_total_tokens": 16384}
-FLAGS = ["--mem-fraction-static", "0.2", "--max-total-tokens", "16384"]
+# An idle scheduler would take a core from the engine beside it.
+SMALL = {"mem_fraction_static": 0.2, "max_total_tokens": 16384, "sleep_on_idle": True}
+FLAGS = ["--mem-fraction-static", "0.2", "--max-total-tokens", "16384", "--sleep-on-idle"]
 RUN_COMMAND = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
 #: What a console script's command does.
 RUN_SCRIPT = """\

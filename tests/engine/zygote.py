@@ -51,9 +51,11 @@ class Launcher:
         # The fork's own child ends at once, and Linux gives the grandchild to the nearest ancestor that asked for it.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
-    def launch(self, code: Sequence[str], descriptors: Mapping[int, int], environment: Mapping[str, str]) -> int:
+    def launch(
+        self, code: Sequence[str], descriptors: Mapping[int, int], environment: Mapping[str, str], leads: bool = False
+    ) -> int:
         """Run `python -c *code` with {descriptor there: descriptor here} open; returns the process id."""
-        body = json.dumps([code, list(descriptors), dict(environment), str(Path.cwd())]).encode()
+        body = json.dumps([code, list(descriptors), dict(environment), str(Path.cwd()), leads]).encode()
         socket.send_fds(self.connection, [len(body).to_bytes(4)], list(descriptors.values()))
         self.connection.sendall(body)
         return int.from_bytes(_receive(self.connection, 4))
@@ -87,7 +89,7 @@ def fork_on_request(connection: socket.socket) -> list[str]:
         size, received, *_ = socket.recv_fds(connection, 4, 250)
         if not size:
             os._exit(0)
-        code, numbers, environment, folder = json.loads(_receive(connection, int.from_bytes(size)))
+        code, numbers, environment, folder, leads = json.loads(_receive(connection, int.from_bytes(size)))
         ours, theirs = socket.socketpair()
         middle = os.fork()
         if middle == 0:
@@ -103,6 +105,8 @@ def fork_on_request(connection: socket.socket) -> list[str]:
             os.environ.clear()
             os.environ.update(environment)
             os.chdir(folder)
+            if leads:
+                lead_session()
             return list(code)
         os.waitpid(middle, 0)
         connection.sendall(_receive(ours, 4))
@@ -216,7 +220,7 @@ class Zygote:
         with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
             descriptors = {0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()}
             try:
-                return Job(self.launcher.launch([_LEAD + code, *arguments], descriptors, os.environ | ONE_THREAD))
+                return Job(self.launcher.launch([code, *arguments], descriptors, os.environ | ONE_THREAD, leads=True))
             except (EOFError, OSError) as error:
                 self.output.seek(0)
                 raise AssertionError(f"the zygote has ended:\n{self.output.read().decode()}") from error
