@@ -36,7 +36,7 @@ class MixedPrecisionQuantization(QuantizationConfig):
     def _stock(self) -> StockMethods | None:
         if runs_on_torch_cpu():
             return None
-        return StockMethods(self._loading.plan.plan.checkpoints, self.packed_modules_mapping)
+        return StockMethods(self._loading.plan, self.packed_modules_mapping)
 
     @property
     def _planned(self) -> Mapping[str, PlannedModule]:
@@ -94,16 +94,13 @@ class MixedPrecisionQuantization(QuantizationConfig):
         parts = [self._module(name) for _, name in fused_parts(prefix, self._planned)]
         if self._stock is None:
             return CPULinearMethod(parts)
-        method = self._stock.method(layer, prefix, parts[0])
-        assert method is not None
-        return method
+        return self._stock.linear(layer, prefix, parts)
 
     def _moe_method(self, layer: FusedMoE, prefix: str) -> QuantizeMethodBase | None:
         names = [expert_modules(prefix, index, self._planned) for index in range(layer.num_experts)]
         experts = [(self._module(gate), self._module(up), self._module(down)) for gate, up, down in names]
-        if self._stock is None:
-            return CPUMoEMethod(prefix, [one for one in experts if one[0].name in self._loading.plan.parts])
-        return self._stock.method(layer, prefix, experts[0][0])
+        local = [one for one in experts if one[0].name in self._loading.plan.parts]
+        return CPUMoEMethod(prefix, local) if self._stock is None else self._stock.experts(prefix, local)
 
     def _module(self, name: str) -> PlannedModule:
         try:

@@ -1,0 +1,187 @@
+"""Weights on an accelerator as their files hold them, until SGLang's kernels take them over in their own layout.
+
+In between the proof hashes them. A tensor finds its place by its checkpoint name; SGLang's models never see it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint import join
+from ..formats import ModuleFormat, tensor_specs
+from ..formats.base import TORCH_DTYPES, Shape
+from ..formats.fusion import out_axis
+from ..formats.slicing import Region, rebase, tensor_ranges
+from ..kernels.implied import implied, without_implied
+from ..plan import Part, PlannedModule
+from . import state
+from .ledger import Line
+
+Tensors = dict[str, torch.Tensor]
+Index = tuple[int | slice, ...]
+
+
+@dataclass(slots=True)
+class StockTensor:
+    """This rank's part of a file tensor inside a parameter; the engine may hold it in another dtype than the file."""
+
+    parameter: torch.nn.Parameter
+    index: Index
+    shape: Shape
+    stored: torch.dtype
+
+    def restore(self) -> torch.Tensor:
+        """The part as it lies in memory, without padding, in the shape that was read."""
+        return self.parameter.data[self.index].reshape(self.shape)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the engine holds another dtype than the file."""
+        return self.parameter.dtype != self.stored
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part in the file, or in memory where the engine holds it in a narrower dtype."""
+        return math.prod(self.shape) * min(self.stored.itemsize, self.parameter.dtype.itemsize)
+
+    def release(self) -> None:
+        """Keep the parameter alive no longer: kernels have taken over what it held."""
+        self.parameter = torch.nn.Parameter(torch.empty(0, dtype=self.parameter.dtype), requires_grad=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where one file tensor goes (see `intake.Place`); `part` is what this rank holds of the module."""
+
+    module: PlannedModule
+    local: str
+    part: Part
+    tensor: StockTensor
+
+    def destination(self) -> torch.Tensor | None:
+        """Files are read to host memory first."""
+        return None
+
+    def receive(self, tensor: torch.Tensor) -> None:
+        """Copy this rank's part, as read. Kernels leave out what the format implies: it must be that."""
+        expected = implied(self.part.format)
+        if self.local in expected:
+            found = rebase(self.local, tensor, self.module.format, self.part.held)
+            without_implied({**expected, self.local: found}, self.part.format)
+        place = self.tensor.parameter.data[self.tensor.index]
+        place.copy_(tensor.reshape(place.shape))
+
+
+class FileTensors(torch.nn.Module):
+    """Matrices of one format, each made of the same parts stacked along their outputs.
+
+    One parameter per local name, [matrices, ...stacked tensor]; a tensor without an "out" axis keeps one entry a part:
+    [matrices, parts, ...]. Of every module a *room*, a region of whole blocks and groups that may reach beyond the
+    module, has its place; what is not read of it stays zero.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Sequence[PlannedModule]], rooms: Sequence[Region], plain_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.tensors: dict[str, StockTensor] = {}
+        for local in (name for name in matrices[0][0].tensors if name != "bias"):
+            shape, offsets = _stacked(local, [module.format for module in matrices[0]], rooms)
+            dtype = file_dtype(matrices[0][0].format, local, plain_dtype)
+            parameter = torch.nn.Parameter(torch.zeros(len(matrices), *shape, dtype=dtype), requires_grad=False)
+            self.register_parameter(local, parameter)
+            for number, parts in enumerate(matrices):
+                for module, room, offset in zip(parts, rooms, offsets, strict=True):
+                    self._expect(module, local, room, parameter, (number, *offset))
+
+    def take(self) -> Tensors:
+        """Local name -> its tensor, which is not kept here any longer."""
+        taken = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
+        self._parameters.clear()
+        for tensor in self.tensors.values():
+            tensor.release()
+        return taken
+
+    def held_bytes(self, kept: Collection[str] | None = None) -> int:
+        """Bytes of the files' tensors, or of those with these local names."""
+        return sum(
+            tensor.nbytes for name, tensor in self.tensors.items() if kept is None or name.rpartition(".")[2] in kept
+        )
+
+    def _expect(
+        self, module: PlannedModule, local: str, room: Region, parameter: torch.nn.Parameter, before: Index
+    ) -> None:
+        part = state.current_loading().plan.parts[module.name]
+        name, index = join(module.name, local), list(before)
+        here, there = tensor_ranges(module.format, part.held)[local], tensor_ranges(module.format, room)[local]
+        first = len(index) - len(here)
+        for dim, ((begin, end), (origin, _)) in enumerate(zip(here, there, strict=True), first):
+            place = index[dim]
+            assert isinstance(place, slice)
+            index[dim] = slice(place.start + begin - origin, place.start + end - origin)
+        shape = tuple(end - begin for begin, end in here)
+        tensor = StockTensor(parameter, tuple(index), shape, file_dtype(module.format, local))
+        self.tensors[name] = tensor
+        waiting = TensorPlace(module, local, part, tensor)
+        state.current_loading().expect(Line(module.name, None, None, local), name, waiting)
+
+
+class Converted(torch.nn.Module):
+    """A module whose weights arrive as file tensors and end as a kernel's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._padding: int | None = None
+
+    @property
+    def files(self) -> list[FileTensors]:
+        """What the files are read to."""
+        return [module for module in self.children() if isinstance(module, FileTensors)]
+
+    @property
+    def padding(self) -> int:
+        """Bytes of this module that hold no weight: rows that fill up a unit, and what a wider dtype adds."""
+        if self._padding is not None:
+            return self._padding
+        held = sum(files.held_bytes() for files in self.files)
+        return sum(parameter.nbytes for parameter in self.parameters()) - held
+
+    def adopt(self, tensors: Mapping[str, torch.Tensor], kept: int) -> None:
+        """Register a kernel's tensors as parameters; they hold what takes `kept` bytes in the files."""
+        for name, tensor in tensors.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self.note_padding(kept)
+
+    def note_padding(self, kept: int) -> None:
+        """The parameters are a kernel's now, and hold what takes `kept` bytes in the files."""
+        self._padding = sum(parameter.nbytes for parameter in self.parameters()) - kept
+
+
+def file_dtype(module_format: ModuleFormat, local: str, plain_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of a tensor in the file; plain weights are held in the engine's dtype where that is given."""
+    if module_format.name == "plain" and plain_dtype is not None:
+        return plain_dtype
+    return TORCH_DTYPES[tensor_specs(module_format)[local].dtypes[0]]
+
+
+def _stacked(local: str, formats: Sequence[ModuleFormat], rooms: Sequence[Region]) -> tuple[Shape, list[Index]]:
+    """The shape of a stacked tensor, and where each part's room lies in it."""
+    axis = out_axis(tensor_specs(formats[0])[local])
+    sizes = [
+        tuple(end - begin for begin, end in tensor_ranges(one, room)[local])
+        for one, room in zip(formats, rooms, strict=True)
+    ]
+    if axis is None:
+        places: list[Index] = [(part, *(slice(0, n) for n in size)) for part, size in enumerate(sizes)]
+        return (len(sizes), *sizes[0]), places
+    offsets: list[Index] = []
+    begin = 0
+    for size in sizes:
+        starts = [begin if dim == axis else 0 for dim in range(len(size))]
+        offsets.append(tuple(slice(start, start + n) for start, n in zip(starts, size, strict=True)))
+        begin += size[axis]
+    return (*sizes[0][:axis], begin, *sizes[0][axis + 1 :]), offsets

@@ -1,0 +1,201 @@
+"""MoE layers on an accelerator: one fused kernel per group of experts that are stored alike, outputs summed.
+
+Each group sees all tokens, with the ids of other groups' experts replaced by -1: shapes do not depend on the routing,
+nothing waits for the device, and CUDA graphs capture it as they capture SGLang's own layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.moe_runner import MoeRunner
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
+from sglang.srt.layers.moe.topk import TopKOutputChecker
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+
+from ..errors import UnsupportedError
+from ..formats import get_format
+from ..formats.slicing import Range, Region
+from ..plan import PlannedModule
+from ..plan.fold import fold
+from ..plan.fused import are_alike
+from . import state
+from .expert_kernels import KERNELS, ExpertFormats, ExpertKernel, unit
+from .file_tensors import Converted, FileTensors
+from .moe import ExpertModules
+
+REMEDY = "give these experts' gate_proj, up_proj and down_proj to one source, or serve on the CPU"
+
+
+class ExpertGroup(Converted):
+    """Experts that are stored alike. `numbers` are their places among this rank's experts."""
+
+    def __init__(self, experts: Sequence[ExpertModules], numbers: list[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        gate, _, down = experts[0]
+        self.formats = ExpertFormats(gate.format, down.format)
+        self.kernel, self.numbers, self._dtype = choose_kernel(experts), numbers, dtype
+        (begin, end), room = _share(down), _room(experts[0], self.formats, self.kernel)
+        self._kept: Range = (begin - room[0], end - room[0])
+        hidden = (0, down.format.shape[0])
+        matrices = [[gate, up] for gate, up, _ in experts]
+        self.w13 = FileTensors(matrices, [Region(room, hidden)] * 2, dtype)
+        self.w2 = FileTensors([[down] for _, _, down in experts], [Region(hidden, room)], dtype)
+        self.runner: MoeRunner | None = None
+        self._has_others = True
+
+    def create_runner(self, config: Any, num_experts: int) -> None:
+        """SGLang's runner for this group, of `num_experts` on this rank."""
+        own = dataclasses.replace(config, num_local_experts=len(self.numbers), inplace=False)
+        self._has_others = config.num_experts != len(self.numbers)
+        assert self._has_others or num_experts == len(self.numbers)
+        self.runner = MoeRunner(self.kernel.backend, own)
+
+    def prepare(self) -> None:
+        """The files' layout gives way to the kernel's."""
+        kept = sum(
+            files.held_bytes(self.kernel.kept_names(module_format))
+            for files, module_format in ((self.w13, self.formats.gate_up), (self.w2, self.formats.down))
+        )
+        tensors = self.kernel.prepare(self.w13.take(), self.w2.take(), self.formats, self._kept, self._dtype)
+        self.adopt(tensors, kept)
+
+    def run(self, dispatch_output: StandardDispatchOutput, ids: torch.Tensor) -> torch.Tensor:
+        """Weighted sums [tokens, hidden] over this group's experts; ids [tokens, top-k] count within it or are -1."""
+        assert self.runner is not None
+        tensors = dict(self.named_parameters(recurse=False))
+        info = self.kernel.quant_info(tensors, self.formats, ids if self._has_others else None)
+        topk_output = dispatch_output.topk_output._replace(topk_ids=ids)
+        own = StandardDispatchOutput(dispatch_output.hidden_states, None, topk_output)
+        output: torch.Tensor = self.runner.run(own, info).hidden_states
+        return output
+
+
+class MixedMoE(FusedMoEMethodBase):
+    """SGLang's MoE method for a layer any of whose experts may be stored in any format."""
+
+    def __init__(self, prefix: str, experts: Sequence[ExpertModules]) -> None:
+        self._prefix, self._experts = prefix, experts
+        self.runner = None
+        self.groups: list[ExpertGroup] = []
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """One child module a group, in which every local expert's tensors have their places."""
+        check_experts(self._prefix, self._experts, num_experts, bool(extra_weight_attrs.get("with_bias")))
+        ids = torch.full((0, num_experts + 1), -1, dtype=torch.int32)
+        for number, members in enumerate(group_experts(self._experts)):
+            group = ExpertGroup([self._experts[member] for member in members], members, params_dtype)
+            row = torch.full((1, num_experts + 1), -1, dtype=torch.int32)
+            row[0, members] = torch.arange(len(members), dtype=torch.int32)
+            ids = torch.cat([ids, row])
+            self.groups.append(group)
+            layer.add_module(f"group_{number}", group)
+        # [groups, experts + 1]: an expert's number in the group or -1; the last column is where -1 looks.
+        layer.register_buffer("ids_in_groups", ids, persistent=False)
+
+    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
+        """One runner a group."""
+        check_activation(self._prefix, self.groups, moe_runner_config)
+        for group in self.groups:
+            group.create_runner(moe_runner_config, len(self._experts))
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Every group into its kernel's layout."""
+        for group in self.groups:
+            group.prepare()
+
+    def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> StandardCombineInput:
+        """Hidden states [tokens, hidden] and their top-k experts -> weighted sums [tokens, hidden]."""
+        topk_output = dispatch_output.topk_output
+        assert TopKOutputChecker.format_is_standard(topk_output)
+        ids = topk_output.topk_ids
+        if len(self.groups) == 1:  # it holds all of this rank's experts, in order
+            return StandardCombineInput(self.groups[0].run(dispatch_output, ids))
+        in_groups = layer.get_buffer("ids_in_groups")[:, ids]  # -1 looks into the last column
+        output = self.groups[0].run(dispatch_output, in_groups[0])
+        for group, own in zip(self.groups[1:], in_groups[1:], strict=True):
+            output += group.run(dispatch_output, own)
+        return StandardCombineInput(output)
+
+
+def group_experts(experts: Sequence[ExpertModules]) -> list[list[int]]:
+    """Places of experts that are stored alike, whatever their sources; groups by their first members."""
+    groups: list[list[int]] = []
+    for number, expert in enumerate(experts):
+        for group in groups:
+            if all(are_alike(a.format, b.format) for a, b in zip(experts[group[0]], expert, strict=True)):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    return groups
+
+
+def choose_kernel(experts: Sequence[ExpertModules]) -> ExpertKernel:
+    """The kernel that runs these experts, which are stored alike. Raises UnsupportedError where there is none."""
+    gate, up, down = experts[0]
+    formats = ExpertFormats(gate.format, down.format)
+    reasons = {kernel.backend.value: kernel.why_not(formats) for kernel in KERNELS}
+    alike = are_alike(gate.format, up.format)
+    for kernel in KERNELS:
+        if alike and reasons[kernel.backend.value] is None:
+            return kernel
+    labels = [get_format(one.format.name).label(one.format.parameters) for one in experts[0]]
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UnsupportedError(
+        f"no kernel of SGLang runs experts of {', '.join(dict.fromkeys(labels))} (gate, up and down)",
+        tensor=", ".join(fold(module.name for expert in experts for module in expert)),
+        rule=why if alike else "SGLang's kernels read gate and up as one matrix",
+        remedy=REMEDY,
+    )
+
+
+def check_experts(prefix: str, experts: Sequence[ExpertModules], num_experts: int, with_bias: bool) -> None:
+    """Raise UnsupportedError unless the plan's experts of this rank are all that the engine asks for."""
+    biased = with_bias or any(module.bias for expert in experts for module in expert)
+    if num_experts != len(experts) or biased:
+        raise UnsupportedError(
+            f"the engine asks for {num_experts} experts{' with biases' if biased else ''} on this rank, "
+            f"the plan gives it {len(experts)}",
+            tensor=prefix,
+            rule="experts are shared out in equal runs, none redundant or fused, and have no biases",
+        )
+
+
+def check_activation(prefix: str, groups: Sequence[ExpertGroup], config: Any) -> None:
+    """Raise UnsupportedError where a group's kernel does not compute what the model asks for."""
+    needed = [key for key in ("no_combine", "apply_router_weight_on_input") if getattr(config, key, False)]
+    marlin = any(group.kernel.backend.is_marlin() for group in groups)
+    if needed or not config.is_gated or (marlin and config.activation != "silu"):
+        raise UnsupportedError(
+            f"this model's experts need {', '.join(needed) or f'{config.activation} (gated: {config.is_gated})'}",
+            tensor=prefix,
+            rule="groups of experts are gated and add up; Marlin computes SiLU only",
+            remedy="map all experts of the layer to one 16-bit source",
+        )
+
+
+def _share(down: PlannedModule) -> Range:
+    return state.current_loading().plan.parts[down.name].wanted.columns
+
+
+def _room(expert: ExpertModules, formats: ExpertFormats, kernel: ExpertKernel) -> Range:
+    """The intermediate range this rank computes: its share, widened to whole units, its width to whole tiles."""
+    gate, up, down = (state.current_loading().plan.parts[module.name].held for module in expert)
+    ranges, step = (gate.rows, up.rows, down.columns), unit(formats)
+    begin = min(begin for begin, _ in ranges) // step * step
+    tile = math.lcm(step, kernel.width)
+    width = -(-(max(end for _, end in ranges) - begin) // tile) * tile
+    return begin, begin + width

@@ -1,0 +1,133 @@
+"""SGLang's own linear methods on an accelerator, built from a format instead of a checkpoint's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from ..errors import UnsupportedError
+from ..formats import ModuleFormat, get_format
+from ..plan import PlannedModule
+from . import marlin
+from .expert_kernels import row_scales
+
+Tensors = dict[str, torch.Tensor]
+#: File tensors [1, ...], the parts' format, their rows, the activations' dtype -> the method's parameters.
+Convert = Callable[[Mapping[str, torch.Tensor], ModuleFormat, Sequence[int], torch.dtype], Tensors]
+
+#: What Marlin's tiles divide.
+MARLIN_ROWS, MARLIN_COLUMNS = 64, 128
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRecipe:
+    """A method, the local names whose values it keeps, and how file tensors become its parameters."""
+
+    method: Callable[[LinearBase], LinearMethodBase]
+    kept: frozenset[str]
+    convert: Convert
+
+
+def recipe_for(parts: Sequence[PlannedModule], rows: Sequence[int], columns: int) -> LinearRecipe:
+    """The recipe for parts that are one matrix. Raises UnsupportedError where SGLang has no kernel for it."""
+    module_format = parts[0].format
+    reason = why_not(module_format) or _why_not_shape(module_format, sum(rows), columns)
+    if reason:
+        raise UnsupportedError(
+            f"SGLang has no kernel here for {get_format(module_format.name).label(module_format.parameters)}",
+            tensor=", ".join(part.name for part in parts),
+            rule=reason,
+            remedy="map these modules to a source in another format, or serve on the CPU",
+        )
+    return _recipe(module_format)
+
+
+def why_not(module_format: ModuleFormat) -> str | None:
+    """Why no linear method runs weights of this format; None where one does."""
+    p = module_format.parameters
+    if module_format.name in ("plain", "int8"):
+        return None
+    if module_format.name == "fp8":
+        odd = p.block and any(size < 32 or size & (size - 1) for size in p.block)
+        return f"FP8 blocks are of powers of two from 32 on, not {p.block[0]}x{p.block[1]}" if odd else None
+    if module_format.name in ("gptq", "awq", "packed"):
+        return marlin.why_not(module_format)
+    return f"there is no method for {module_format.name} weights"
+
+
+def _why_not_shape(module_format: ModuleFormat, rows: int, columns: int) -> str | None:
+    if module_format.name not in ("gptq", "awq", "packed"):
+        return None
+    if rows % MARLIN_ROWS == 0 and columns % MARLIN_COLUMNS == 0:
+        return None
+    return f"Marlin takes multiples of {MARLIN_ROWS} rows and {MARLIN_COLUMNS} columns, not {rows} x {columns}"
+
+
+def _recipe(module_format: ModuleFormat) -> LinearRecipe:
+    p = module_format.parameters
+    if module_format.name == "plain":
+        return LinearRecipe(lambda _: UnquantizedLinearMethod(), frozenset(("weight",)), _plain)
+    if module_format.name in ("gptq", "awq", "packed"):
+        name = "awq_marlin" if marlin.has_zero_points(module_format) else "gptq_marlin"
+        described = marlin.source_config(module_format)
+        return LinearRecipe(_from_config(name, described), marlin.kept_names(module_format), _packed)
+    kept = frozenset(("weight", p.scale_name, "input_scale"))
+    if module_format.name == "fp8" and p.block:
+        described = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(p.block)}
+        return LinearRecipe(_from_config("fp8", described), kept, _blocks)
+    name = "w8a8_fp8" if module_format.name == "fp8" else "w8a8_int8"
+    return LinearRecipe(_from_config(name, {"quant_method": name}), kept, _rows)
+
+
+def _from_config(name: str, described: dict[str, Any]) -> Callable[[LinearBase], LinearMethodBase]:
+    def method(layer: LinearBase) -> LinearMethodBase:
+        found: LinearMethodBase = _config_class(name).from_config(described).get_quant_method(layer, "")
+        return found
+
+    return method
+
+
+def _config_class(name: str) -> type[QuantizationConfig]:
+    # Not from SGLang's table: that leaves out what the machine at hand cannot run.
+    if name == "gptq_marlin":
+        from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig as config
+    elif name == "awq_marlin":
+        from sglang.srt.layers.quantization.awq import AWQMarlinConfig as config
+    elif name == "fp8":
+        from sglang.srt.layers.quantization.fp8 import Fp8Config as config
+    elif name == "w8a8_fp8":
+        from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config as config
+    else:
+        from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8Config as config
+    found: type[QuantizationConfig] = config
+    return found
+
+
+def _plain(
+    files: Mapping[str, torch.Tensor], module_format: ModuleFormat, rows: Sequence[int], dtype: torch.dtype
+) -> Tensors:
+    return {"weight": files["weight"][0]}
+
+
+def _packed(
+    files: Mapping[str, torch.Tensor], module_format: ModuleFormat, rows: Sequence[int], dtype: torch.dtype
+) -> Tensors:
+    return {name: one[0] for name, one in marlin.to_marlin_source(files, module_format, dtype).items()}
+
+
+def _blocks(
+    files: Mapping[str, torch.Tensor], module_format: ModuleFormat, rows: Sequence[int], dtype: torch.dtype
+) -> Tensors:
+    return {"weight": files["weight"][0], "weight_scale_inv": row_scales(files, module_format, rows)[0]}
+
+
+def _rows(
+    files: Mapping[str, torch.Tensor], module_format: ModuleFormat, rows: Sequence[int], dtype: torch.dtype
+) -> Tensors:
+    return {"weight": files["weight"][0], "weight_scale": row_scales(files, module_format, rows)[0]}
