@@ -25,6 +25,10 @@ def autoround(bits: int, group_size: int, sym: bool = True, **more: Any) -> tupl
     return "autoround", {"scheme": "W4A16", **settings, **more}
 
 
+def llmcompressor(scheme: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    return "llmcompressor", {"scheme": scheme, **more}
+
+
 def gptqmodel(bits: int = 4, group_size: int = 128, **more: Any) -> tuple[str, dict[str, Any]]:
     return "gptqmodel", {"bits": bits, "group_size": group_size, "desc_act": False, **more}
 
@@ -65,8 +69,36 @@ VARIANTS: Table = {
     "autoround-fp8-block-hub": ("autoround", {"scheme": "FP8_BLOCK", "iters": 0, "format": "fp8"}),
     "autoround-fp8-static": ("autoround", {"scheme": "FP8_STATIC", "iters": 0, "format": "llm_compressor"}),
     "autoround-int8": ("autoround", {"scheme": "INT8", "iters": 0, "format": "llm_compressor"}),
-    "llmcompressor-fp8-static": ("llmcompressor", {"scheme": "FP8", "calibrate": True}),
-    "llmcompressor-fp8-dynamic-oneshot": ("llmcompressor", {"scheme": "FP8_DYNAMIC", "calibrate": True}),
+    "llmcompressor-fp8-static": llmcompressor("FP8", calibrate=True),
+    "llmcompressor-fp8-dynamic-oneshot": llmcompressor("FP8_DYNAMIC", calibrate=True),
+    "autoround-awq": autoround(4, 128, sym=False, format="auto_awq"),
+    "autoround-awq-sym": autoround(4, 64, format="auto_awq"),
+    "autoround-own-awq": autoround(4, 128, sym=False, format="auto_round:auto_awq"),
+    "autoround-own-asym": autoround(4, 128, sym=False, format="auto_round"),
+    "autoround-own-asym-2bit": autoround(2, 32, sym=False, format="auto_round"),
+    "autoround-own-asym-gptq": autoround(4, 128, sym=False, format="auto_round:auto_gptq"),
+    "autoround-own-asym-gptqmodel": autoround(4, 128, sym=False, format="auto_round:gptqmodel"),
+    "autoround-model-free-asym": autoround(4, 128, sym=False, iters=0, disable_opt_rtn=True, format="auto_round"),
+    "autoround-packed": autoround(4, 128, format="llm_compressor"),
+    "autoround-nvfp4": ("autoround", {"scheme": "NVFP4", "iters": 0, "format": "llm_compressor"}),
+    "autoround-own-nvfp4": ("autoround", {"scheme": "NVFP4", "iters": 0, "format": "auto_round"}),
+    "autoround-mxfp4": ("autoround", {"scheme": "MXFP4", "iters": 0, "format": "llm_compressor"}),
+    "autoround-own-mxfp4": ("autoround", {"scheme": "MXFP4", "iters": 0, "format": "auto_round"}),
+    "gptqmodel-awq": gptqmodel(quant_method="awq", format="gemm"),
+    "llmcompressor-w4a16": llmcompressor("W4A16"),
+    "llmcompressor-w4a16-asym": llmcompressor("W4A16_ASYM"),
+    "llmcompressor-w4a16-channel": llmcompressor("W4A16", weights={"strategy": "channel", "group_size": None}),
+    "llmcompressor-w4a16-tensor": llmcompressor("W4A16", weights={"strategy": "tensor", "group_size": None}),
+    "llmcompressor-w4a16-gptq": llmcompressor("W4A16", calibrate=True, act_order="weight"),
+    "compressedtensors-act-order": ("compressedtensors", {"num_bits": 4, "group_size": 32, "symmetric": True}),
+    "compressedtensors-act-order-asym": ("compressedtensors", {"num_bits": 4, "group_size": 64, "symmetric": False}),
+    "llmcompressor-w8a16": llmcompressor("W8A16"),
+    "llmcompressor-w3a16": llmcompressor("W3A16"),
+    "llmcompressor-w6a16": llmcompressor("W6A16"),
+    "llmcompressor-nvfp4a16": llmcompressor("NVFP4A16"),
+    "llmcompressor-mxfp4a16": llmcompressor("MXFP4A16"),
+    "llmcompressor-mxfp8a16": llmcompressor("MXFP8A16"),
+    "llmcompressor-fp8-kv": llmcompressor("FP8", calibrate=True, kv_cache=True),
 }
 
 

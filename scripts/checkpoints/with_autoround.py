@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from auto_round import AutoRound
 from auto_round.compressors.shard_writer import ShardWriter
+from auto_round.experimental.qmodules.fp4_utils import unpack_fp4_from_uint8
+from auto_round.experimental.qmodules.mx import get_fp_scale
+from auto_round.export.export_to_awq.utils import dequantize_gemm
 from auto_round.utils.weight_handler import _dequant_fp8_linear_weight
 from auto_round_extension.torch.qlinear_torch import QuantLinear
 from auto_round_extension.torch.qlinear_torch_zp import QuantLinear as QuantLinearPlusOne
-from common import arguments, calibration_ids, finish, quantization_config, report, tensors
+from common import arguments, calibration_ids, decompress, finish, quantization_config, report, tensors
 from transformers import AutoTokenizer
 
 
@@ -43,10 +46,17 @@ def dequantize(out: Path, module: str) -> torch.Tensor:
     """One module's weight as AutoRound's own linear layers read it."""
     config = quantization_config(out)
     state = {name.rpartition(".")[2]: t for name, t in tensors(out).items() if name.startswith(module + ".")}
+    if config["quant_method"] == "compressed-tensors" and "weight" not in state:
+        return decompress(out, module)
+    if "weight_packed" in state:
+        return decode_fp4(state)
     if "qweight" not in state:
         scale = state.get("weight_scale", state.get("weight_scale_inv"))
         block = config.get("weight_block_size")
         return _dequant_fp8_linear_weight(state["weight"].float(), scale.float(), block, state["weight"].dtype)
+    if state["qweight"].shape[1] != state["scales"].shape[1]:
+        group = config["group_size"] if config["group_size"] > 0 else len(state["qweight"])
+        return dequantize_gemm(state["qweight"], state["qzeros"], state["scales"].float(), 4, group).T.contiguous()
     rows = state["g_idx"].numel() if "g_idx" in state else state["qweight"].shape[0] * 32 // config["bits"]
     columns = state["qweight"].shape[1]
     group = config["group_size"] if config["group_size"] > 0 else rows
@@ -57,6 +67,17 @@ def dequantize(out: Path, module: str) -> torch.Tensor:
     layer.post_init()
     layer.scales = layer.scales.float()
     return layer(torch.eye(rows)).T.contiguous()
+
+
+def decode_fp4(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """By the parts of AutoRound's FP4 layers that do not round to bfloat16."""
+    packed = state["weight_packed"]
+    codes = unpack_fp4_from_uint8(packed, len(packed), packed.shape[1] * 2, torch.float32)
+    if "weight_global_scale" in state:
+        scale = state["weight_scale"].float() / state["weight_global_scale"]
+    else:
+        scale = get_fp_scale(state["weight_scale"]).float()
+    return (codes.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ INVERSE = {**FP8, "weight_scale_method": "row", "weight_scale_semantics": "inver
 
 
 def compressed(kind: str, strategy: str, block: list[int] | None = None, dynamic: bool | None = True) -> dict:
-    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "block_structure": block, "symmetric": True}
+    size = 32 if strategy == "group" else None
+    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "block_structure": block, "group_size": size}
     inputs = None if dynamic is None else {"num_bits": 8, "type": kind, "dynamic": dynamic}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
@@ -52,6 +53,52 @@ for bits in (2, 3, 4, 8):
                 rng, o, c, bits=b, group=g, sym=s, version=v, order=k
             ),
             f"{out}x{columns} v{version} {order} {group}",
+        )
+
+for (o, c), group in itertools.product([(64, 128), (24, 33), (832, 544)], (32, 128, -1)):
+    case(
+        f"AWQ int4 g{c if group == -1 else min(group, c)}",
+        lambda rng, o=o, c=c, g=group: packers.awq(rng, o, c, group=g),
+        f"{o}x{c} {group}",
+    )
+
+for bits, (o, c), sym in itertools.product((1, 2, 3, 4, 5, 6, 7, 8), SHAPES, (True, False)):
+    for strategy, act_order in (("group", False), ("group", True), ("channel", False), ("tensor", False)):
+        if (strategy == "tensor" and not sym) or (o == 830 and bits in (1, 2, 5, 7)):
+            continue
+        if not sym and o % 32 and 32 % bits:  # a unit of zero points that straddle words may not be cut short
+            continue
+        size = "g32" if strategy == "group" else strategy
+        notes = ("" if sym else " asym") + (" act-order" if act_order else "")
+        case(
+            f"CT int{bits} {size}{notes}",
+            lambda rng, o=o, c=c, b=bits, s=sym, t=strategy, a=act_order: packers.packed(
+                rng, o, c, bits=b, sym=s, strategy=t, act_order=a
+            ),
+            f"{o}x{c}",
+        )
+case("CT int4 tensor asym", lambda rng: packers.packed(rng, 33, 128, strategy="tensor", sym=False), "33x128")
+case("CT int4 g128", lambda rng: packers.packed(rng, 33, 128, group=256, shape_dtype=torch.int32), "group past the end")
+
+for o, c in [(33, 128), (830, 544), (16, 40)]:
+    for static in (False, True):
+        case("NVFP4", lambda rng, o=o, c=c, s=static: packers.nvfp4(rng, o, c, static=s), f"{o}x{c} {static}")
+        case(
+            "NVFP4",
+            lambda rng, o=o, c=c, s=static: packers.nvfp4(rng, o, c, static=s, modelopt=True),
+            f"{o}x{c} {static} ModelOpt",
+        )
+    for writer in ("compressed-tensors", "quark", "deepseek"):
+        case("MXFP4", lambda rng, o=o, c=c, w=writer: packers.mxfp4(rng, o, c, writer=w), f"{o}x{c} {writer}")
+    for config, dtype in (
+        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, torch.uint8),
+        ({**compressed("float", "group"), "format": "mxfp8-quantized"}, torch.uint8),
+        ({**FP8, "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, torch.float8_e8m0fnu),
+    ):
+        case(
+            "FP8 1x32",
+            lambda rng, s=(o, c), k=config, d=dtype: packers.mxfp8(rng, s, k, d),
+            f"{o}x{c} {config['quant_method']}",
         )
 
 for o, c in ODD:
@@ -123,7 +170,8 @@ def check_axes(module: packers.Packed, found: ModuleFormat) -> None:
         for axis, size in zip(spec.axes, spec.shape, strict=True):
             assert axis.role is None or axis.length(found.shape[axis.role == "in"]) == size
     # g_idx counts groups from the weight's first column, so a cut along `in` has to rebase it.
-    roles = ("out",) if "g_idx" in module.tensors else ("out", "in")
+    # weight_shape says of how many columns.
+    roles = ("out",) if {"g_idx", "weight_shape"} & module.tensors.keys() else ("out", "in")
     for dim, role in enumerate(roles[: len(found.shape) if len(found.shape) < 3 else 0]):
         units = [axis.values for spec in specs.values() for axis in spec.axes if axis.role == role]
         begin = found.shape[dim] // 2 // max(units) * max(units)

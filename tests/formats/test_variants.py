@@ -79,7 +79,9 @@ def test_plain_modules_take_any_names_and_mixed_dtypes() -> None:
 def test_the_registry_refuses_duplicates_and_lists_what_exists() -> None:
     with pytest.raises(FormatError, match="'gptq' is registered twice"):
         register("gptq", "elsewhere:Other")
-    with pytest.raises(UnknownFormatError, match=r"(?s)did you mean 'gptq'.*gptq, fp8, int8, plain"):
+    with pytest.raises(
+        UnknownFormatError, match=r"(?s)did you mean 'gptq'.*gptq, awq, packed, fp8, int8, nvfp4, mxfp4, plain"
+    ):
         get_format("gptp")
     for name in FORMATS:
         assert get_format(name) is get_format(name)

@@ -30,10 +30,14 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in TORCH_DTYPES.items()}
 #: The dtypes of scales and biases.
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+#: Scales of a quantized key-value cache, which some exports put beside the weights of an attention layer: no part of
+#: any weight.
+CACHE_SCALES = frozenset(("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale"))
 COPY_AGAIN = "download or export the checkpoint again, or map this module to another source"
 
 Shape = tuple[int, ...]

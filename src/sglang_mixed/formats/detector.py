@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InconsistentFormatError, UnknownFormatError
-from .base import ModuleFormat, TensorInfo
+from .base import CACHE_SCALES, ModuleFormat, TensorInfo
 from .recognise import recognise
 from .rules import Rules
 
@@ -24,7 +24,8 @@ class Detector:
         key = rule, tuple(tensors.items())
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = _detect(module, tensors, self._rules.configs[rule], self._rules.configs[0])
+            weight = {name: info for name, info in tensors.items() if name not in CACHE_SCALES} or tensors
+            found = self._found[key] = _detect(module, weight, self._rules.configs[rule], self._rules.configs[0])
         return found
 
 
@@ -54,7 +55,7 @@ def _unknown(module: str, tensors: Mapping[str, TensorInfo], seen: str | None) -
     from . import FORMATS
 
     listing = ", ".join(f"{name} {info.dtype} {list(info.shape)}" for name, info in tensors.items())
-    what = f"{seen} is recognised but not read yet" if seen else "no format explains these tensors"
+    what = f"{seen} is recognised but not read" if seen else "no format explains these tensors"
     return UnknownFormatError(
         f"{what}: {listing or 'none'}",
         tensor=module,

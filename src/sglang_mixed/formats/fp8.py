@@ -1,4 +1,7 @@
-"""FP8 e4m3 weights with per-tensor, per-channel or block scales (OCP 8-bit floating point, `float8_e4m3fn`)."""
+"""FP8 e4m3 weights with per-tensor, per-channel or block scales (OCP 8-bit floating point, `float8_e4m3fn`).
+
+MXFP8 is among them: blocks of 1x32 with exponents in bytes as scales.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 
 from .base import ModuleFormat, Shape, TensorInfo, TensorSpec, check_tensors
-from .scaled import StaticScale, find_scaled, scaled_specs
+from .scaled import StaticScale, find_scaled, scale_values, scaled_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class FP8:
     ) -> torch.Tensor:
         """e4m3 to float32 is exact, subnormals included; the NaN codes 0x7F and 0xFF stay NaN."""
         weight = tensors["weight"].to(torch.float32)
-        scale = tensors[parameters.scale_name].to(torch.float32)
+        scale = scale_values(tensors[parameters.scale_name])
         if parameters.granularity == "channel":
             scale = scale.reshape(-1, 1)
         elif parameters.block:

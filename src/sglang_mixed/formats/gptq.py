@@ -1,34 +1,38 @@
 """GPTQ: integers of 2, 3, 4 or 8 bits packed along `in`, with scales and zero points per group of input columns.
 
-Layout of AutoGPTQ, GPTQModel and AutoRound's `auto_gptq` export: a little-endian bit stream in int32 words, so that
-3-bit values straddle words (32 values in 3 words); qweight [in*bits/32, out], qzeros [groups, out*bits/32],
-scales [groups, out], g_idx [in]. weight[o, i] = (q - zero[g_idx[i]]) * scale[g_idx[i]].
+Layout of AutoGPTQ, GPTQModel and AutoRound (`auto_gptq` and its own `auto_round`): a little-endian bit stream in int32
+words, so that 3-bit values straddle words (32 values in 3 words); qweight [in*bits/32, out], qzeros
+[groups, out*bits/32], scales [groups, out], g_idx [in]. weight[o, i] = (q - zero[g_idx[i]]) * scale[g_idx[i]].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Protocol
 
 import torch
 
-from ..errors import InconsistentFormatError
+from ..errors import FormatError, InconsistentFormatError
 from .base import FLOAT_DTYPES, Axis, ModuleFormat, Shape, TensorInfo, TensorSpec, bias_spec, check_tensors
+from .bit_stream import packing
+from .bit_stream import unpack as unpack  # the kernels take it from here
 
-#: bits -> (values, int32 words) of the smallest unit that does not straddle
-PACKING = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
+#: The widths that GPTQ comes in, with their packing.
+PACKING = {bits: packing(bits) for bits in (2, 3, 4, 8)}
 #: checkpoint_format -> what to add to a stored zero point
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+_COMPARED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class GPTQParameters:
     """`group_size` is the actual one (= in where the config says -1); `zero_offset` is added to stored zeros (v1: 1).
 
-    With `act_order` the groups of a column are known only from `g_idx`; without it they are consecutive. `num_groups`
-    is given where a part of an act-order weight's columns keeps all groups of the whole.
+    `zero_offset_known` is False where the config is no proof of it (`zero_offset_from` finds one). With `act_order` the
+    groups of a column are known only from `g_idx`; without it they are consecutive. `num_groups` is given where a part
+    of an act-order weight's columns keeps all groups of the whole.
     """
 
     bits: int
@@ -39,6 +43,7 @@ class GPTQParameters:
     zero_offset: int
     scale_dtype: str
     num_groups: int | None = None
+    zero_offset_known: bool = True
 
 
 class GPTQ:
@@ -49,7 +54,7 @@ class GPTQ:
 
     def detect(self, module: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> ModuleFormat | None:
         """`qweight`, `qzeros` and `scales` where scales are as wide as qweight (AWQ's are wider)."""
-        if not is_gptq_layout(tensors) or zero_offset(config) is None:
+        if not is_gptq_layout(tensors) or not _is_read(config):
             return None
         bits = _bits(module, config)
         shape = _shape(module, tensors, bits)
@@ -89,7 +94,10 @@ class GPTQ:
         codes = unpack(tensors["qweight"], parameters.bits)
         scales = tensors["scales"].to(torch.float32)
         zeros = unpack(tensors["qzeros"].T, parameters.bits).T[:, : scales.shape[1]]
-        zeros = zeros.to(torch.int16) + parameters.zero_offset
+        known = parameters.zero_offset_known
+        zeros = zeros.to(torch.int16) + (
+            parameters.zero_offset if known else zero_offset_from(None, tensors, parameters)
+        )
         groups = group_index(tensors.get("g_idx"), parameters, codes.shape[0], scales.shape[0])
         weight = (codes.to(torch.int16) - zeros[groups]).to(torch.float32) * scales[groups]
         return weight.T.contiguous().to(dtype)
@@ -100,21 +108,16 @@ class GPTQ:
         return f"GPTQ int{parameters.bits} g{parameters.group_size}{notes}"
 
 
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [n, m] -> uint8 [n*32/bits, m]: the bit stream along dimension 0, lowest bits first."""
-    num_values, num_words = PACKING[bits]
-    units = words.reshape(-1, num_words, *words.shape[1:])
-    codes = torch.empty((units.shape[0], num_values, *words.shape[1:]), dtype=torch.uint8, device=words.device)
-    for value in range(num_values):
-        word, shift = divmod(value * bits, 32)
-        code = units[:, word] >> shift
-        if (low := 32 - shift) < bits:  # straddles: `>>` filled the upper bits with the sign, which must go first
-            code = (code & ((1 << low) - 1)) | (units[:, word + 1] << low)
-        codes[:, value] = code & ((1 << bits) - 1)
-    return codes.flatten(0, 1)
+class Grouped(Protocol):
+    """What parameters of formats with groups of input columns have in common."""
+
+    @property
+    def group_size(self) -> int: ...  # noqa: D102
+    @property
+    def act_order(self) -> bool: ...  # noqa: D102
 
 
-def group_index(g_idx: torch.Tensor | None, parameters: GPTQParameters, columns: int, num_groups: int) -> torch.Tensor:
+def group_index(g_idx: torch.Tensor | None, parameters: Grouped, columns: int, num_groups: int) -> torch.Tensor:
     """int64 [in]: each input column's group, from `g_idx` where there is one (it must not contradict desc_act)."""
     consecutive = torch.arange(columns) // parameters.group_size
     if g_idx is None:
@@ -146,11 +149,65 @@ def is_gptq_layout(tensors: Mapping[str, TensorInfo]) -> bool:
     return qweight.dtype == "I32" and len(qweight.shape) == len(scales.shape) == 2 and qweight[1][1] == scales[1][1]
 
 
-def zero_offset(config: Mapping[str, Any]) -> int | None:
-    """1 for v1, 0 for v2, None where the config names a packing that is not GPTQ's."""
+def zero_offset_from(
+    reference: torch.Tensor | None, tensors: Mapping[str, torch.Tensor], parameters: GPTQParameters
+) -> int:
+    """What to add to stored zero points, where the config does not tell: AutoRound wrote both kinds under one tag.
+
+    Of symmetric weights the zero points themselves show it; of others the reading that is near `reference` is right,
+    the weight [rows, in] before it was quantized (the first rows suffice). Raises FormatError where neither shows it.
+    """
+    rows, middle = tensors["scales"].shape[1], 1 << (parameters.bits - 1)
+    stored = unpack(tensors["qzeros"].T, parameters.bits)[:rows]
+    if parameters.symmetric:
+        offsets = [offset for offset in (0, 1) if bool((stored == middle - offset).all())]
+        return (
+            offsets[0] if offsets else _refuse_zero_points("symmetric weights have other zero points than the middle")
+        )
+    if reference is None:
+        return _refuse_zero_points("config.json does not tell whether zero points are stored as they are or less one")
+    near = reference[: rows // 32 * 32 or rows][:_COMPARED_ROWS].to(torch.float32)
+    errors = []
+    for offset in (0, 1):
+        part = {name: one[..., : _columns(name, len(near), parameters.bits)] for name, one in tensors.items()}
+        read = GPTQ().dequantize(part, replace(parameters, zero_offset=offset, zero_offset_known=True), torch.float32)
+        errors.append(float((read - near).norm()))
+    best = min((0, 1), key=errors.__getitem__)
+    # The wrong reading is off by a whole step where the right one is off by a third of one.
+    if not 1.5 * errors[best] < errors[1 - best]:
+        return _refuse_zero_points(
+            f"read either way the weight is far from the original ({errors[0]:.3g}, {errors[1]:.3g})"
+        )
+    return best
+
+
+def _columns(name: str, rows: int, bits: int) -> int | None:
+    """How much of a tensor's last dimension `rows` outputs take."""
+    return {"qweight": rows, "scales": rows, "qzeros": Axis("out", *packing(bits)).length(rows)}.get(name)
+
+
+def _refuse_zero_points(what: str) -> NoReturn:
+    raise FormatError(
+        what,
+        tensor="qzeros",
+        rule="AutoRound stores zero points in two ways under one packing_format; only the original weights tell which",
+        remedy="make the 16-bit original the default source of the map, or export again with format auto_gptq",
+    )
+
+
+def _is_read(config: Mapping[str, Any]) -> bool:
+    """Whether what the config calls the packing is GPTQ's, of either kind."""
     if config.get("quant_method") == "auto-round":
-        return 1 if "auto_gptq" in str(config.get("packing_format")) else None
-    return ZERO_OFFSETS.get(config.get("checkpoint_format") or "gptq")
+        packing_format = str(config.get("packing_format") or "auto_round").rpartition(":")[2]
+        return packing_format in ("auto_round", "auto_gptq", "gptq", "gptqmodel", "exllamav2", "triton")
+    return (config.get("checkpoint_format") or "gptq") in ZERO_OFFSETS
+
+
+def _zero_offset(config: Mapping[str, Any]) -> tuple[int, bool]:
+    """What to add to stored zero points (v1: 1, v2: 0), and whether the config is proof of it."""
+    if config.get("quant_method") == "auto-round":
+        return (1, True) if "auto_gptq" in str(config.get("packing_format")) else (0, False)
+    return ZERO_OFFSETS[config.get("checkpoint_format") or "gptq"], True
 
 
 def _bits(module: str, config: Mapping[str, Any]) -> int:
@@ -185,13 +242,15 @@ def _parameters(
     said = config.get("group_size")
     group = said if isinstance(said, int) and 0 < said <= columns else columns
     scale_dtype = tensors["scales"].dtype
+    zero_offset, known = _zero_offset(config)
     return GPTQParameters(
         bits,
         group,
         symmetric=bool(config.get("sym", True)),
         act_order=bool(config.get("desc_act", False)) and group < columns,
         has_g_idx="g_idx" in tensors,
-        zero_offset=zero_offset(config) or 0,
+        zero_offset=zero_offset,
+        zero_offset_known=known,
         scale_dtype=scale_dtype if scale_dtype in FLOAT_DTYPES else FLOAT_DTYPES[0],
     )
 

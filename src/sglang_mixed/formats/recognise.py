@@ -1,10 +1,11 @@
-"""Storage formats that are known by sight and not read yet."""
+"""Storage formats that are known by sight and not read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from .awq import layout_name
 from .base import TensorInfo
 from .gptq import is_gptq_layout
 
@@ -12,12 +13,12 @@ from .gptq import is_gptq_layout
 def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str | None:
     """The name of the format these local tensors are in, for an error message; None for a format we never saw."""
     dtypes = {name: info.dtype for name, info in tensors.items()}
-    if dtypes.get("weight_scale") == "F8_E4M3" and "U8" in dtypes.values():
-        return "NVFP4"
-    if "weight_packed" in dtypes:
-        return "compressed-tensors " + str(config.get("format", "pack-quantized"))
-    if any(name.endswith("_blocks") for name in dtypes) and "U8" in dtypes.values():
-        return "MXFP4"
+    if "pre_quant_scale" in dtypes:
+        return "ModelOpt's AWQ, which scales inputs too (pre_quant_scale),"
+    if any(name.endswith("_blocks") for name in dtypes):
+        return "MXFP4 with a layer's experts in one tensor, as GPT-OSS stacks them,"
+    if "weight_packed" in dtypes or "bitmask" in dtypes:
+        return f"{config.get('quant_method')} in format {config.get('format') or config.get('packing_format')}"
     if "weight_format" in dtypes or "SCB" in dtypes or any(name.startswith("weight.absmax") for name in dtypes):
         return "bitsandbytes"
     if "F8_E5M2" in dtypes.values():
@@ -25,9 +26,11 @@ def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> s
     return _packed(tensors, config) if "qweight" in dtypes else None
 
 
-def _packed(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str | None:
-    if config.get("quant_method") == "auto-round" and "awq" not in str(config.get("packing_format")):
-        return f"auto_round packing ({config.get('packing_format')})"
-    if is_gptq_layout(tensors):
-        return f"GPTQ in checkpoint_format {config.get('checkpoint_format')!r}"
-    return "AWQ" if {"qzeros", "scales"} <= tensors.keys() else None
+def _packed(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str:
+    method = config.get("quant_method")
+    if method == "auto-round":
+        return f"AutoRound's packing_format {config.get('packing_format')!r}"
+    if method == "awq":
+        return f"AWQ in the layout {layout_name(config)!r}"
+    named = config.get("checkpoint_format" if is_gptq_layout(tensors) else "quant_method")
+    return f"packed integers of {method or 'no quant_method'} ({named!r})"

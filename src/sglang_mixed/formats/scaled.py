@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from ..errors import FormatError, InconsistentFormatError
 from .base import FLOAT_DTYPES, Axis, Shape, TensorInfo, TensorSpec, bias_spec
 from .schemes import Scheme, schemes
 
-SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
+#: Scales that are powers of two, one byte each: OCP's e8m0, or its codes in bytes without a type (MXFP8).
+EXPONENTS = ("F8_E8M0", "U8")
 ZERO_POINTS = ("weight_zero_point", "weight_zp")
 ANY = ("tensor", "channel")  # granularities that a scale's shape alone can tell
 
@@ -51,11 +55,14 @@ def find_scaled(
     weight = tensors.get("weight")
     if weight is None or weight.dtype != code or not (name := _scale_name(module, tensors)):
         return None
+    if code == "I8" and tensors[name].dtype == "F8_E8M0":  # two FP4 values a byte
+        return None
     if len(weight.shape) != 2:
         rule = "8-bit weights are [out, in]"
         raise InconsistentFormatError(f"a {code} weight of shape {list(weight.shape)}", tensor=module, rule=rule)
     scale, static = tensors[name], tensors.get("input_scale")
-    scheme = _proven(f"{module}.{name}", _candidates(module, kind, code, config), tuple(weight.shape), scale.shape)
+    candidates = claimed(module, kind, code, config)
+    scheme = _proven(f"{module}.{name}", candidates, tuple(weight.shape), scale.shape)
     scheme = _with_activations(module, scheme, static is not None)
     assert scheme.granularity is not None
     static_scale = (static.dtype, tuple(static.shape)) if static else None
@@ -72,7 +79,8 @@ def scaled_specs(
         axes = (Axis("out"), Axis(None))[: len(parameters.scale_shape)]
     else:
         axes = (Axis(None),) * len(parameters.scale_shape)
-    scale_dtypes = (parameters.scale_dtype,) if parameters.scale_dtype in FLOAT_DTYPES else FLOAT_DTYPES
+    possible = (*FLOAT_DTYPES, *EXPONENTS) if block else FLOAT_DTYPES
+    scale_dtypes = (parameters.scale_dtype,) if parameters.scale_dtype in possible else FLOAT_DTYPES
     scale_shape = _scale_shape(parameters, block, shape)
     specs = {
         "weight": TensorSpec((code,), shape, (Axis("out"), Axis("in"))),
@@ -83,6 +91,11 @@ def scaled_specs(
         dtype, static = parameters.input_scale
         specs["input_scale"] = TensorSpec((dtype,), static, (Axis(None),) * len(static))
     return specs
+
+
+def scale_values(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as float32, whatever they are stored in."""
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).to(torch.float32)
 
 
 def _scale_shape(parameters: ScaledParameters, block: tuple[int, int] | None, shape: Shape) -> Shape:
@@ -109,7 +122,8 @@ def _scale_name(module: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     return found[0] if found else None
 
 
-def _candidates(module: str, kind: str, code: str, config: Mapping[str, Any]) -> list[Scheme]:
+def claimed(module: str, kind: str, code: str, config: Mapping[str, Any]) -> list[Scheme]:
+    """The config's claims of this kind; any of them may be this module's. Raises where it claims other kinds only."""
     claims = schemes(config)
     if claims is None:
         return [Scheme(kind)]

@@ -1,7 +1,7 @@
-"""What a `quantization_config` claims of 8-bit weights.
+"""What a `quantization_config` claims of weights, for the formats whose tensors do not tell it themselves.
 
 Read: `fp8` (DeepSeek, Qwen, AutoRound; GPTQModel adds weight_scale_semantics), `compressed-tensors` (config_groups),
-`modelopt` (quant_algo), `auto-round` (bits, data_type), `w8a8_fp8` and `w8a8_int8` (SGLang).
+`modelopt` (quant_algo), `auto-round` (bits, data_type), `fbgemm_fp8` (Meta), `w8a8_fp8` and `w8a8_int8` (SGLang).
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ class Scheme:
     block: tuple[int, int] | None = None
     activations: str | None = None  # "dynamic" | "static" | "none" (weight only)
     inverse: bool = False
+    group_size: int | None = None  # of granularity "group"
+    symmetric: bool = True
+    act_order: bool = False
 
 
 def schemes(config: Mapping[str, Any]) -> tuple[Scheme, ...] | None:
@@ -48,27 +51,48 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
 
 def _group(group: Mapping[str, Any]) -> Scheme:
     weights, inputs = group["weights"], group.get("input_activations")
-    kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
-    granularity, block = weights.get("strategy"), _pair(weights.get("block_structure"))
+    kind, size = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}", weights.get("group_size")
+    # The library itself infers a strategy that is not said.
+    inferred = "tensor" if size is None else "channel" if size == -1 else "group"
+    granularity, block = weights.get("strategy") or inferred, _pair(weights.get("block_structure"))
     if kind == "float8" and granularity == "group":
-        granularity, block = "block", _pair([1, weights.get("group_size") or 0])
-    dynamic = bool(inputs and inputs.get("dynamic"))
-    return Scheme(kind, granularity, block, "none" if not inputs else "dynamic" if dynamic else "static")
+        granularity, block = "block", _pair([1, size or 0])
+    return Scheme(
+        kind,
+        granularity,
+        block,
+        "none" if not inputs else "dynamic" if inputs.get("dynamic") else "static",
+        group_size=size,
+        symmetric=bool(weights.get("symmetric", True)),
+        act_order=weights.get("actorder") in ("group", "dynamic", True),
+    )
 
 
 def _modelopt(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    algorithm = str(config.get("quant_algo", "")).upper()
-    return (Scheme("float8"),) if algorithm.startswith("FP8") else (Scheme(algorithm.lower() or "unnamed"),)
+    algorithm = str(config.get("quant_algo") or "unnamed").upper()
+    return (_ALGORITHMS.get(algorithm) or Scheme("float4" if "FP4" in algorithm else algorithm.lower()),)
+
+
+#: ModelOpt's names of 8-bit algorithms; all that hold FP4 name it.
+_ALGORITHMS = {
+    "FP8": Scheme("float8"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme("float8", "channel", activations="dynamic"),
+    "FP8_PB_WO": Scheme("float8", "block", (128, 128), "none"),
+    "MXFP8": Scheme("float8", "block", (1, 32), "dynamic"),
+}
 
 
 def _auto_round(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     floating = "fp" in str(config.get("data_type", "int"))
     group = config.get("group_size")
     block = _pair(config.get("weight_block_size")) or _pair(group)
+    if floating and isinstance(group, int) and group > 0:
+        block = (1, group)
     granularity = "block" if block else {-1: "channel", 0: "tensor"}.get(group if isinstance(group, int) else 1)
     quantized = int(config.get("act_bits") or 16) <= 8
     activations = "none" if not quantized else "dynamic" if config.get("act_dynamic", True) else "static"
-    return (Scheme(f"{'float' if floating else 'int'}{config.get('bits', 8)}", granularity, block, activations),)
+    kind = f"{'float' if floating else 'int'}{config.get('bits', 8)}"
+    return (Scheme(kind, granularity, block, activations),)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Scheme, ...]]] = {
@@ -76,7 +100,10 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Scheme, ...]]] = {
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "modelopt_fp8": _modelopt,
+    "modelopt_fp4": _modelopt,
+    "modelopt_mixed": _modelopt,
     "auto-round": _auto_round,
+    "fbgemm_fp8": lambda config: (Scheme("float8", "channel", activations="dynamic"),),
     "w8a8_fp8": lambda config: (Scheme("float8", activations="dynamic"),),
     "w8a8_int8": lambda config: (Scheme("int8", activations="dynamic"),),
     "gptq": lambda config: (Scheme(f"int{config.get('bits', 4)} GPTQ"),),

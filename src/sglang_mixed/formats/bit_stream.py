@@ -1,0 +1,27 @@
+"""Integers of any width as a little-endian bit stream in int32 words, lowest bits first."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def packing(bits: int) -> tuple[int, int]:
+    """(values, int32 words) of the smallest unit of a bit stream in which no value straddles the end."""
+    values = 32 // math.gcd(32, bits)
+    return values, values * bits // 32
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [n, m] -> uint8 [n*32/bits, m]: the bit stream along dimension 0, lowest bits first."""
+    num_values, num_words = packing(bits)
+    units = words.reshape(-1, num_words, *words.shape[1:])
+    codes = torch.empty((units.shape[0], num_values, *words.shape[1:]), dtype=torch.uint8, device=words.device)
+    for value in range(num_values):
+        word, shift = divmod(value * bits, 32)
+        code = units[:, word] >> shift
+        if (low := 32 - shift) < bits:  # straddles: `>>` filled the upper bits with the sign, which must go first
+            code = (code & ((1 << low) - 1)) | (units[:, word + 1] << low)
+        codes[:, value] = code & ((1 << bits) - 1)
+    return codes.flatten(0, 1)
