@@ -105,7 +105,7 @@ SOURCES: dict[str, tuple[Pack, float]] = {
     ),
     "fp8_block": (
         lambda rng, out, columns: packers.eight_bit(
-            rng, (out, columns), (64, 32), (out // 64, columns // 32), BLOCK, name="weight_scale_inv"
+            rng, (out, columns), (64, 32), (-(-out // 64), columns // 32), BLOCK, name="weight_scale_inv"
         ),
         1e-3,
     ),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .intake import Intake
 
 
@@ -17,13 +15,14 @@ def derive_latent_weights(model: Any) -> int:
     """Let a model derive what it keeps beside kv_b_proj; returns the bytes of that, which are no planned weights."""
     derived = 0
     for name, attention in model.named_modules():
-        projection = getattr(attention, "kv_b_proj", None)
+        projection: Any = getattr(attention, "kv_b_proj", None)
         intake = getattr(getattr(projection, "quant_method", None), "intake", None)
         if not isinstance(intake, Intake) or not hasattr(attention, "w_kc"):
             continue
         (weight,) = intake.weights
-        projection.weight = weight.dequantize(torch.get_default_dtype())
+        stand_in = projection.weight
+        projection.weight = weight.dequantize(stand_in.dtype)
         model.post_load_weights(weight_names=[f"{name}.kv_b_proj.weight"])
-        del projection.weight
+        projection.weight = stand_in
         derived += sum(half.untyped_storage().nbytes() for half in (attention.w_kc, attention.w_vc))
     return derived

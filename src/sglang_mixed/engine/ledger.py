@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import LedgerError
 
 
 class Line(NamedTuple):
-    """One tensor that one slot of the model waits for. `shard`: q/k/v, 0/1, w1/w2/w3 or None."""
+    """One tensor that the model waits for: of a layer of ours by checkpoint module, else by SGLang's layer and slot.
+
+    `shard`: q/k/v, 0/1, w1/w2/w3 or None.
+    """
 
     module: str
     shard: str | int | None
@@ -27,12 +31,6 @@ class Ledger:
     def __init__(self) -> None:
         self._open: set[Line] = set()
         self._closed: set[Line] = set()
-        self.unused: list[str] = []
-
-    @property
-    def arrivals(self) -> int:
-        """How many tensors have arrived so far."""
-        return len(self._closed)
 
     def expect(self, line: Line) -> None:
         """Open a line."""
@@ -46,10 +44,10 @@ class Ledger:
         self._open.remove(line)
         self._closed.add(line)
 
-    def close(self) -> None:
+    def close(self, unused: Sequence[str] = ()) -> None:
         """Raise LedgerError, listing them, if weights are missing or planned tensors were left unused."""
         problems = [f"missing: {line}" for line in sorted(map(str, self._open))]
-        problems += [f"read but used by nothing in the model: {name}" for name in self.unused]
+        problems += [f"read but used by nothing in the model: {name}" for name in unused]
         if not problems:
             return
         shown = "\n    ".join(problems[:20]) + (

@@ -33,6 +33,8 @@ class CPULinearMethod(LinearMethodBase):
         """Expect what the plan says; every part must have the shape that the engine asks of this rank."""
         check_shape(self._parts, output_partition_sizes, input_size_per_partition)
         self.intake.open(self._parts)
+        # Some models look at the dtype and width of a layer's weight.
+        layer.weight = torch.empty(0, input_size_per_partition, dtype=params_dtype)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """The weights were packed as they arrived."""

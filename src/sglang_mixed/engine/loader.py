@@ -22,7 +22,6 @@ from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
 from .stock import StockParameters
-from .stock_methods import match_expert_scales
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +70,31 @@ class MixedPrecisionLoader(DefaultModelLoader):
             given = loading.deliver(name, tensor)
             if given is None:
                 continue
-            before = loading.ledger.arrivals
-            self._stock.delivering = name
+            self._stock.give(name, given)
             yield name, given
-            if loading.ledger.arrivals == before:
-                loading.ledger.unused.append(name)
-        loading.ledger.close()
+
+    def load_weights_and_postprocess(self, model: Any, weights: Any, target_device: torch.device) -> None:
+        """As SGLang's, with a look at the model between its `load_weights` and the kernels that repack."""
+        load_weights = model.load_weights
+
+        def load_and_check(weights: Any) -> None:
+            load_weights(weights)
+            self._check_filled()
+
+        model.load_weights = load_and_check
+        try:
+            super().load_weights_and_postprocess(model, weights, target_device)
+        finally:
+            del model.load_weights
+
+    def _check_filled(self) -> None:
+        loading = state.current_loading()
+        loading.ledger.close([name for name in self._stock.given if name not in self._stock.tensors])
         self._stock.filled()
         if not runs_on_torch_cpu():
             # SGLang's kernels repack next; after that the files' layout is gone.
             loading.proof.note_stock()
-            match_expert_scales(model)
+            self._stock.release()
 
 
 def this_rank() -> Rank:

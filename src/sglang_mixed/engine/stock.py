@@ -7,7 +7,6 @@ Models skip names they do not know, and leave unfilled what nobody delivers, wit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,31 +15,13 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 
 from ..formats import tensor_specs
-from ..formats.base import Axis, Shape, TensorSpec
+from ..formats.base import Axis, TensorSpec
 from ..plan import RankPlan
+from .file_tensors import Converted, FileTensors, StockTensor
 from .ledger import Ledger, Line
 from .names import Shard, expert_modules, fused_parts
 
 _PLACES: dict[Shard, int] = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1}
-
-
-@dataclass(slots=True)
-class StockTensor:
-    """This rank's part of a file tensor inside a parameter; the engine may hold it in another dtype than the file."""
-
-    parameter: torch.nn.Parameter
-    index: tuple[int | slice, ...]
-    shape: Shape
-    stored: torch.dtype
-
-    def restore(self) -> torch.Tensor:
-        """The part as it lies in memory, without padding, in the shape that was read."""
-        return self.parameter.data[self.index].reshape(self.shape)
-
-    @property
-    def is_cast(self) -> bool:
-        """Whether the engine holds another dtype than the file."""
-        return self.parameter.dtype != self.stored
 
 
 class StockParameters:
@@ -48,15 +29,29 @@ class StockParameters:
 
     def __init__(self, plan: RankPlan, ledger: Ledger) -> None:
         self._plan, self._ledger = plan, ledger
-        self.delivering = ""  # the checkpoint name of the tensor that is being delivered
+        #: Memory of a tensor that was given to the model -> its checkpoint name. Some models load in threads.
+        self._given: dict[int, str] = {}
+        self._latest = ""
+        self.given: list[str] = []
         self.tensors: dict[str, StockTensor] = {}
-        self.padding = 0  # bytes that hold no weight, such as the rows SGLang adds to a vocabulary
+        self._padding = 0
         self._parameters: list[torch.nn.Parameter] = []
+        self._converted: list[Converted] = []
+
+    @property
+    def padding(self) -> int:
+        """Bytes that hold no weight: rows SGLang adds to a vocabulary or a block, and what a wider dtype adds."""
+        return self._padding + sum(module.padding for module in self._converted)
 
     def watch(self, model: torch.nn.Module) -> None:
         """Open the ledger's lines for all stock parameters and wrap their loaders."""
         seen: set[int] = set()
         for prefix, module in model.named_modules():
+            if isinstance(module, Converted):
+                self._converted.append(module)
+            if isinstance(module, FileTensors):  # the ledger knows them already
+                self.tensors |= module.tensors
+                continue
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in seen or self._is_made_by_kernel(prefix, module, name):
                     continue
@@ -67,10 +62,22 @@ class StockParameters:
                     self._ledger.expect(line)
                 self._wrap(module, parameter, lines)
 
+    def give(self, name: str, tensor: torch.Tensor) -> None:
+        """Note a tensor that the model's `load_weights` gets next."""
+        self._given[tensor.untyped_storage().data_ptr()] = self._latest = name
+        self.given.append(name)
+
     def filled(self) -> None:
         """All weights have arrived, and no kernel has repacked them yet: note what is padding."""
-        held = sum(tensor.restore().nbytes for tensor in self.tensors.values())
-        self.padding = sum(parameter.nbytes for parameter in self._parameters) - held
+        ours = {id(parameter) for parameter in self._parameters}
+        held = sum(tensor.nbytes for tensor in self.tensors.values() if id(tensor.parameter) in ours)
+        self._padding = sum(parameter.nbytes for parameter in self._parameters) - held
+
+    def release(self) -> None:
+        """Kernels take over: what they replace must not be kept alive here."""
+        self._parameters.clear()
+        for tensor in self.tensors.values():
+            tensor.release()
 
     def _wrap(self, module: torch.nn.Module, parameter: torch.nn.Parameter, lines: list[Line]) -> None:
         original = getattr(parameter, "weight_loader", default_weight_loader)
@@ -83,9 +90,10 @@ class StockParameters:
             for line in filled:
                 self._ledger.arrive(line)
             if filled:
-                spec = self._spec(loaded_weight)
+                name = self._given.get(loaded_weight.untyped_storage().data_ptr(), self._latest)
+                spec = self._spec(name, loaded_weight)
                 index = _index(module, shard, expert, spec, param)
-                self.tensors[self.delivering] = StockTensor(param, index, spec.shape, loaded_weight.dtype)
+                self.tensors[name] = StockTensor(param, index, spec.shape, loaded_weight.dtype)
             return original(param, loaded_weight, *args, **kwargs)
 
         # SGLang's typed parameters have a read-only property of that name.
@@ -102,10 +110,10 @@ class StockParameters:
         planned = modules.get(first)
         return planned is not None and planned.format.name != "plain" and local not in planned.tensors
 
-    def _spec(self, tensor: torch.Tensor) -> TensorSpec:
-        """What this rank holds of the tensor that is being delivered."""
-        name, _, local = self.delivering.rpartition(".")
-        part = self._plan.parts[name]
+    def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
+        """What this rank holds of a tensor."""
+        module, _, local = name.rpartition(".")
+        part = self._plan.parts[module]
         if local == "bias":
             begin, end = part.wanted.rows
             return TensorSpec((), (end - begin,), (Axis("out"),))

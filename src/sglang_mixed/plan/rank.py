@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: SGLang fills a vocabulary up to a multiple of this before it cuts it.
 VOCABULARY_UNIT = 64
+#: Projections whose rows are attention heads.
+_BY_HEADS = frozenset(("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +167,9 @@ class RankPlan:
 
     def _head_rows(self, name: str, size: int) -> int:
         """Rows that are cut only together: those of one attention head."""
-        key = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
-        heads = self._config.get(key.get(name.rpartition(".")[2], ""))
+        last = name.rpartition(".")[2]
+        key = "num_key_value_heads" if is_key_value(name) else "num_attention_heads"
+        heads = self._config.get(key) if last in _BY_HEADS else None
         return size // heads if isinstance(heads, int) and heads and size % heads == 0 else 1
 
 
