@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 
+from ..errors import InconsistentFormatError
 from . import tensor_specs
-from .base import ModuleFormat, Shape, TensorSpec
+from .base import COPY_AGAIN, ModuleFormat, Shape, TensorSpec
+
+#: The tensor that repeats its weight's shape.
+SHAPE = "weight_shape"
 
 
 def fuse(parts: Sequence[ModuleFormat]) -> ModuleFormat | None:
@@ -30,6 +34,20 @@ def fuse(parts: Sequence[ModuleFormat]) -> ModuleFormat | None:
     return ModuleFormat(first.name, _stacked_parameters(parts), (rows, first.shape[1]))
 
 
+def stack_common(
+    tensors: Sequence[Mapping[str, torch.Tensor]], parts: Sequence[ModuleFormat]
+) -> dict[str, torch.Tensor]:
+    """The stacked weight's tensors that do not follow `out`, from each part's: equal in all, but for weight_shape."""
+    common = {local: one for local, one in tensors[0].items() if out_axis(tensor_specs(parts[0])[local]) is None}
+    if len(parts) > 1 and SHAPE in common:
+        for part, own in zip(parts, tensors, strict=True):
+            _check_shape(own[SHAPE], part)
+        common[SHAPE] = torch.tensor(
+            (sum(part.shape[0] for part in parts), parts[0].shape[1]), dtype=common[SHAPE].dtype
+        )
+    return common
+
+
 def unstack(tensors: Mapping[str, torch.Tensor], parts: Sequence[ModuleFormat]) -> list[dict[str, torch.Tensor]]:
     """Each part's tensors of a stacked weight, as views. One that does not follow `out` is the same in every part."""
     if len(parts) == 1:
@@ -40,7 +58,7 @@ def unstack(tensors: Mapping[str, torch.Tensor], parts: Sequence[ModuleFormat]) 
         for local, tensor in tensors.items():
             axis = out_axis(specs[local])
             if axis is None:
-                views[local] = tensor
+                views[local] = torch.tensor(part.shape, dtype=tensor.dtype) if local == SHAPE else tensor
                 continue
             unit = specs[local].axes[axis]
             views[local] = tensor.narrow(axis, unit.length(begin), unit.length(part.shape[0]))
@@ -54,6 +72,16 @@ def out_axis(spec: TensorSpec) -> int | None:
     return next((dim for dim, axis in enumerate(spec.axes) if axis.role == "out"), None)
 
 
+def _check_shape(stored: torch.Tensor, part: ModuleFormat) -> None:
+    if tuple(stored.tolist()) != part.shape:
+        raise InconsistentFormatError(
+            f"weight_shape says {stored.tolist()}",
+            tensor=SHAPE,
+            rule=f"it repeats the weight's shape, {list(part.shape)}",
+            remedy=COPY_AGAIN,
+        )
+
+
 def _shapeless(parameters: Any) -> tuple[object, ...]:
     return tuple(getattr(parameters, f.name) for f in fields(parameters) if not f.name.endswith("_shape"))
 
@@ -62,8 +90,8 @@ def _stackable(part: ModuleFormat, last: bool) -> bool:
     for local, spec in tensor_specs(part).items():
         axis = out_axis(spec)
         if axis is None:
-            # Only GPTQ's g_idx without act-order is fixed by the parameters, hence the same in every part.
-            if local != "g_idx" or part.parameters.act_order:
+            # GPTQ's g_idx without act-order is fixed by the parameters, hence the same in every part.
+            if local != SHAPE and (local != "g_idx" or part.parameters.act_order):
                 return False
         elif not last and part.shape[0] % spec.axes[axis].values:
             return False

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..formats import get_format, tensor_specs
 from ..formats.base import TORCH_DTYPES, ModuleFormat
-from ..formats.fusion import fuse, out_axis, unstack
+from ..formats.fusion import fuse, out_axis, stack_common, unstack
 from . import LinearKernel, pack
 
 
@@ -72,8 +72,8 @@ class CompressedWeight:
             place.copy_(tensor)
         self._missing.remove((part, local))
         if not self._missing:
-            # What does not follow the outputs (a g_idx without act-order) is the same in every part.
-            tensors = {**self._pending[0], **self._stacked}
+            common = stack_common(self._pending, self.formats) if self._stacked else self._pending[0]
+            tensors = {**common, **self._stacked}
             self.kernel, self.resident = pack(tensors, self.format)
             self._pending, self._stacked = [], {}
 

@@ -9,13 +9,17 @@ import torch
 
 from ..errors import InconsistentFormatError
 from ..formats import ModuleFormat, get_format
+from ..formats.base import TORCH_DTYPES
 from ..formats.gptq import PACKING, GPTQParameters
 from .base import Tensors
 
 
 @functools.lru_cache(maxsize=256)
 def implied(format: ModuleFormat) -> Tensors:
-    """GPTQ's zero points if it is symmetric, and its g_idx without act-order; nothing in other formats."""
+    """GPTQ's zero points if it is symmetric, and its g_idx without act-order; the weight_shape of packed integers."""
+    if format.name == "packed":
+        (dtype,) = get_format("packed").tensors(format.parameters, format.shape)["weight_shape"].dtypes
+        return {"weight_shape": torch.tensor(format.shape, dtype=TORCH_DTYPES[dtype])}
     if format.name != "gptq":
         return {}
     p: GPTQParameters = format.parameters
@@ -33,18 +37,23 @@ def without_implied(tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -
     expected = implied(format)
     for name, tensor in expected.items():
         if not torch.equal(tensors[name], tensor):
-            key, rule = _REASONS[name]
-            raise InconsistentFormatError(
-                f"config.json's {key} denies what {name} says",
-                tensor=name,
-                rule=rule,
-                remedy=f"correct {key} in quantization_config, or map this module to another source",
-            )
+            raise _contradiction(name)
     return {name: tensor for name, tensor in tensors.items() if name not in expected and name != "bias"}
+
+
+def _contradiction(name: str) -> InconsistentFormatError:
+    key, rule = _REASONS[name]
+    return InconsistentFormatError(
+        f"config.json's {key} denies what {name} says",
+        tensor=name,
+        rule=rule,
+        remedy=f"correct {key} in quantization_config, or map this module to another source",
+    )
 
 
 _REASONS = {
     "qzeros": ("sym", "symmetric weights have their zero point in the middle of the codes, everywhere"),
+    "weight_shape": ("config_groups", "weight_shape repeats the weight's shape"),
     "g_idx": ("desc_act", "without desc_act column i is in group i // group_size"),
 }
 
