@@ -40,10 +40,6 @@ class ExpertKernel(Protocol):
         """Why it cannot run experts of these formats; None where it can."""
         ...
 
-    def kept_names(self, module_format: ModuleFormat) -> frozenset[str]:
-        """Local names of the files' tensors whose values it keeps."""
-        ...
-
     def prepare(self, w13: Tensors, w2: Tensors, formats: ExpertFormats, kept: Range, dtype: torch.dtype) -> Tensors:
         """File tensors -> the kernel's. Of down's columns all but those in `kept` are made to weigh nothing."""
         ...
@@ -72,11 +68,6 @@ class TritonExperts:
             return f"it takes blocks of powers of two from 32 on, not {block[0]}x{block[1]}"
         return None
 
-    def kept_names(self, module_format: ModuleFormat) -> frozenset[str]:
-        """All: also a static activation scale, which per-token scales replace."""
-        p = module_format.parameters
-        return frozenset(p.names if module_format.name == "plain" else ("weight", p.scale_name, "input_scale"))
-
     def prepare(self, w13: Tensors, w2: Tensors, formats: ExpertFormats, kept: Range, dtype: torch.dtype) -> Tensors:
         """Scales in float32: [experts, rows, 1], or [experts, blocks, blocks]."""
         tensors = {}
@@ -89,7 +80,7 @@ class TritonExperts:
                 parts = 2 if name == "w13" else 1
                 rows = [files["weight"].shape[1] // parts] * parts
                 tensors[f"{name}_scale"] = row_scales(files, module_format, rows)
-            if "input_scale" in files:
+            if "input_scale" in files:  # planned and proven, but per-token scales replace it
                 tensors[f"{name}_input_scale"] = files["input_scale"]
         return tensors
 
@@ -132,18 +123,12 @@ class MarlinExperts:
             return f"it takes hidden sizes that are multiples of 128, not {formats.down.shape[0]}"
         return next(filter(None, map(marlin.why_not, both)), None)
 
-    def kept_names(self, module_format: ModuleFormat) -> frozenset[str]:
-        """Codes and scales, and zero points or groups where they vary."""
-        return marlin.kept_names(module_format)
-
     def prepare(self, w13: Tensors, w2: Tensors, formats: ExpertFormats, kept: Range, dtype: torch.dtype) -> Tensors:
         """SGLang's own repacking, with scales in the activations' dtype, which the kernel wants."""
-        tensors = {}
+        tensors: Tensors = {}
         for name, files, module_format in (("w13", w13, formats.gate_up), ("w2", w2, formats.down)):
             p = module_format.parameters
             source = marlin.to_marlin_source(files, module_format, dtype)
-            if "weight_shape" in files:
-                tensors[f"{name}_weight_shape"] = files["weight_shape"]
             files.clear()  # the largest tensors would be alive three times
             if name == "w2":
                 marlin.zero_outside(source, kept, p.bits, p.group_size)

@@ -6,7 +6,7 @@ In between the proof hashes them. A tensor finds its place by its checkpoint nam
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,7 @@ class FileTensors(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.tensors: dict[str, StockTensor] = {}
+        self._implied: set[str] = set()
         for local in (name for name in matrices[0][0].tensors if name != "bias"):
             shape, offsets = _stacked(local, [module.format for module in matrices[0]], rooms)
             dtype = file_dtype(matrices[0][0].format, local, plain_dtype)
@@ -106,11 +107,15 @@ class FileTensors(torch.nn.Module):
             tensor.release()
         return taken
 
-    def held_bytes(self, kept: Collection[str] | None = None) -> int:
-        """Bytes of the files' tensors, or of those with these local names."""
-        return sum(
-            tensor.nbytes for name, tensor in self.tensors.items() if kept is None or name.rpartition(".")[2] in kept
-        )
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the files' tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of those that a kernel keeps in some form: formats imply the others."""
+        return sum(tensor.nbytes for name, tensor in self.tensors.items() if name not in self._implied)
 
     def _expect(
         self, module: PlannedModule, local: str, room: Region, parameter: torch.nn.Parameter, before: Index
@@ -126,6 +131,8 @@ class FileTensors(torch.nn.Module):
         shape = tuple(end - begin for begin, end in here)
         tensor = StockTensor(parameter, tuple(index), shape, file_dtype(module.format, local))
         self.tensors[name] = tensor
+        if local in implied(part.format):
+            self._implied.add(name)
         waiting = TensorPlace(module, local, part, tensor)
         state.current_loading().expect(Line(module.name, None, None, local), name, waiting)
 
@@ -147,17 +154,17 @@ class Converted(torch.nn.Module):
         """Bytes of this module that hold no weight: rows that fill up a unit, and what a wider dtype adds."""
         if self._padding is not None:
             return self._padding
-        held = sum(files.held_bytes() for files in self.files)
+        held = sum(files.held_bytes for files in self.files)
         return sum(parameter.nbytes for parameter in self.parameters()) - held
 
-    def adopt(self, tensors: Mapping[str, torch.Tensor], kept: int) -> None:
-        """Register a kernel's tensors as parameters; they hold what takes `kept` bytes in the files."""
+    def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Register a kernel's tensors as parameters."""
         for name, tensor in tensors.items():
             self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-        self.note_padding(kept)
 
-    def note_padding(self, kept: int) -> None:
-        """The parameters are a kernel's now, and hold what takes `kept` bytes in the files."""
+    def note_padding(self) -> None:
+        """All parameters are a kernel's now."""
+        kept = sum(files.kept_bytes for files in self.files)
         self._padding = sum(parameter.nbytes for parameter in self.parameters()) - kept
 
 

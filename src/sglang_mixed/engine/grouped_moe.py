@@ -57,12 +57,8 @@ class ExpertGroup(Converted):
 
     def prepare(self) -> None:
         """The files' layout gives way to the kernel's."""
-        kept = sum(
-            files.held_bytes(self.kernel.kept_names(module_format))
-            for files, module_format in ((self.w13, self.formats.gate_up), (self.w2, self.formats.down))
-        )
-        tensors = self.kernel.prepare(self.w13.take(), self.w2.take(), self.formats, self._kept, self._dtype)
-        self.adopt(tensors, kept)
+        self.adopt(self.kernel.prepare(self.w13.take(), self.w2.take(), self.formats, self._kept, self._dtype))
+        self.note_padding()
 
     def run(self, dispatch_output: StandardDispatchOutput, ids: torch.Tensor) -> torch.Tensor:
         """Weighted sums [tokens, hidden] over this group's experts; ids [tokens, top-k] count within it or are -1."""

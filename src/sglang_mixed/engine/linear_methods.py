@@ -27,10 +27,9 @@ MARLIN_ROWS, MARLIN_COLUMNS = 64, 128
 
 @dataclass(frozen=True, slots=True)
 class LinearRecipe:
-    """A method, the local names whose values it keeps, and how file tensors become its parameters."""
+    """A method, and how file tensors become its parameters."""
 
     method: Callable[[LinearBase], LinearMethodBase]
-    kept: frozenset[str]
     convert: Convert
 
 
@@ -72,17 +71,16 @@ def _why_not_shape(module_format: ModuleFormat, rows: int, columns: int) -> str 
 def _recipe(module_format: ModuleFormat) -> LinearRecipe:
     p = module_format.parameters
     if module_format.name == "plain":
-        return LinearRecipe(lambda _: UnquantizedLinearMethod(), frozenset(("weight",)), _plain)
+        return LinearRecipe(lambda _: UnquantizedLinearMethod(), _plain)
     if module_format.name in ("gptq", "awq", "packed"):
         name = "awq_marlin" if marlin.has_zero_points(module_format) else "gptq_marlin"
         described = marlin.source_config(module_format)
-        return LinearRecipe(_from_config(name, described), marlin.kept_names(module_format), _packed)
-    kept = frozenset(("weight", p.scale_name, "input_scale"))
+        return LinearRecipe(_from_config(name, described), _packed)
     if module_format.name == "fp8" and p.block:
         described = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(p.block)}
-        return LinearRecipe(_from_config("fp8", described), kept, _blocks)
+        return LinearRecipe(_from_config("fp8", described), _blocks)
     name = "w8a8_fp8" if module_format.name == "fp8" else "w8a8_int8"
-    return LinearRecipe(_from_config(name, {"quant_method": name}), kept, _rows)
+    return LinearRecipe(_from_config(name, {"quant_method": name}), _rows)
 
 
 def _from_config(name: str, described: dict[str, Any]) -> Callable[[LinearBase], LinearMethodBase]:

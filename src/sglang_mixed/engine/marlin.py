@@ -43,16 +43,6 @@ def has_zero_points(module_format: ModuleFormat) -> bool:
     return module_format.name == "awq" or not module_format.parameters.symmetric
 
 
-def kept_names(module_format: ModuleFormat) -> frozenset[str]:
-    """Local names of what is kept for Marlin in some form; the rest is implied."""
-    names = {"qweight", "weight_packed", "scales", "weight_scale", "weight_shape"}
-    if has_zero_points(module_format):
-        names |= {"qzeros", "weight_zero_point"}
-    if getattr(module_format.parameters, "act_order", False):
-        names |= {"g_idx", "weight_g_idx"}
-    return frozenset(names)
-
-
 def to_marlin_source(files: Mapping[str, torch.Tensor], module_format: ModuleFormat, dtype: torch.dtype) -> Tensors:
     """`qweight` and `scales` [n, groups, out] in `dtype`; `g_idx` [n, in] of act-order.
 

@@ -21,9 +21,6 @@ from .file_tensors import Converted, FileTensors
 from .linear import check_shape
 from .linear_methods import LinearRecipe, recipe_for
 
-#: A static activation scale gives way to one a token; the shape is known.
-UNUSED = ("input_scale", "weight_shape")
-
 
 class LinearRun(Converted):
     """Neighbouring parts that run as one matrix, by one of SGLang's own methods."""
@@ -42,12 +39,11 @@ class LinearRun(Converted):
 
     def convert(self) -> None:
         """The files' layout gives way to the method's."""
-        kept = self.file_tensors.held_bytes(self._recipe.kept)
         files = self.file_tensors.take()
         device = next(iter(files.values())).device
         found = self._recipe.convert(files, self.parts[0].format, self._sizes, self._dtype)
-        # Planned, read and proven, but used by no kernel here.
-        self.adopt({name: files[name] for name in UNUSED if name in files}, 0)
+        if "input_scale" in files:  # planned and proven, but per-token scales replace it
+            self.adopt({"input_scale": files["input_scale"]})
         method, matrix = self._recipe.method(self.matrix), self.matrix
         with torch.device(device):
             method.create_weights(
@@ -68,7 +64,7 @@ class LinearRun(Converted):
             raise EngineError(f"SGLang's method takes no {', '.join(found)}", tensor=self.parts[0].name)
         method.process_weights_after_loading(matrix)
         self.method = method
-        self.note_padding(kept)
+        self.note_padding()
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out of these parts]."""
