@@ -36,8 +36,6 @@ def init_threads_binding(original: Callable[..., None], runner: Any) -> None:
     """
     arguments = runner.server_args
     _shares[:] = share_cores(sorted(os.sched_getaffinity(0)), ranks_on_host(arguments))
-    # All ranks of a host measure the same memory, one a little later than the other: what SGLang takes for imbalance.
-    os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
     if arguments.nnodes > 1:
         choose_interface(arguments.dist_init_addr)
     if os.environ.get(BINDING, "all") != "all":
@@ -114,6 +112,8 @@ def moe_forward_native(
     tokens, places = (ids >= 0).nonzero(as_tuple=True)
     output = torch.zeros(x.shape)
     if len(tokens):
-        pairs = topk_output._replace(topk_weights=weights[tokens, places, None], topk_ids=ids[tokens, places, None])
-        output.index_add_(0, tokens, original(layer, x[tokens], pairs, config).float())
+        own = weights[tokens, places, None]
+        pairs = topk_output._replace(topk_weights=torch.ones_like(own), topk_ids=ids[tokens, places, None])
+        # Weighted in float32 and rounded once, as the original does with all of a token's experts.
+        output.index_add_(0, tokens, original(layer, x[tokens], pairs, config).float() * own)
     return output.to(x.dtype)

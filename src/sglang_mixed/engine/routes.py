@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from ..errors import EngineError
 from . import state
+from .ranks import gather
 
 MARK = "mixed_precision"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
@@ -27,7 +26,7 @@ def get_internal_state(original: Callable[..., Any], scheduler: Any, request: An
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
     report = _report(modules=question.endswith("modules"))
-    ranks = _gather({key: value for key, value in report.items() if key != "modules"})
+    ranks = gather({key: value for key, value in report.items() if key != "modules"})
     return GetInternalStateReqOutput(
         internal_state={**report, "tensor_parallel_ranks": ranks} if len(ranks) > 1 else report
     )
@@ -41,16 +40,6 @@ def _report(modules: bool) -> dict[str, Any]:
         return state.proof.report(modules)
     except Exception as error:
         return {"error": str(error)}
-
-
-def _gather(report: dict[str, Any]) -> list[dict[str, Any]]:
-    from sglang.srt.distributed.parallel_state import get_tp_group
-
-    group = get_tp_group()
-    reports: list[dict[str, Any]] = [report] * group.world_size
-    if group.world_size > 1:
-        torch.distributed.all_gather_object(reports, report, group=group.cpu_group)
-    return reports
 
 
 async def ask_schedulers(modules: bool = True) -> list[dict[str, Any]]:
