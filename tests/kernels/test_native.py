@@ -44,33 +44,59 @@ def before_a_wall(tensor: torch.Tensor) -> torch.Tensor:
     return flat.copy_(tensor.reshape(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
-def close(y: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+#: What rounding a result to x's dtype may cost.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def right(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Off by its rounding, and little of the largest result."""
     assert y.shape == expected.shape
-    assert (y.double() - expected).square().mean() <= bound * expected.square().mean()
+    slack = (4e-6 if y.dtype == torch.float32 else 1e-4) * expected.abs().max()
+    assert ((y.double() - expected).abs() <= ROUNDING[y.dtype] * expected.abs() + slack).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+def blocks(scales: torch.Tensor, height: int, width: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Block scales as a matrix of the weight's shape, in float64."""
+    return scales.double().repeat_interleave(height, 0).repeat_interleave(width, 1)[: shape[0], : shape[1]]
+
+
+def octet_weight(kind: int, out: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random codes that end before a wall, and what they are."""
+    codes = torch.randint(-128, 128, (out, columns), dtype=torch.int8, generator=GENERATOR)
+    if kind == native.FP8:
+        codes[(codes & 127) == 127] = 0  # NaN
+    return before_a_wall(codes), codes.view((torch.float8_e4m3fn, torch.int8)[kind]).double()
+
+
+@pytest.mark.parametrize("kind", [native.FP8, native.INT8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 32])
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (5, 17), (66, 257), (130, 300), (64, 512)])
-def test_octets_end_where_they_end(library: None, out: int, columns: int, rows: int) -> None:
-    x = torch.randn(rows, columns, generator=GENERATOR)
-    for kind, dtype, unit in ((native.INT8, torch.int8, 1), (native.FP8, torch.float8_e4m3fn, 256)):
-        octets = torch.randint(-127, 127, (out, columns), dtype=torch.int8, generator=GENERATOR)
-        octets[octets == -1] = 0  # FP8's NaN
-        weight, reference = before_a_wall(octets), octets.view(dtype).double() / unit
-        spread = before_a_wall(torch.rand(-(-out // 3), columns, generator=GENERATOR))
-        scaled = reference * spread.double().repeat_interleave(3, 0)[:out]
-        for one, expected in (
-            (native.Octets(kind, weight), reference),
-            (native.Octets(kind, weight, spread, 3), scaled),
-        ):
-            close(one.linear(before_a_wall(x)), x.double() @ expected.t(), 1e-12)
-            panel = before_a_wall(torch.empty(-(-out // 2), columns, dtype=torch.bfloat16))
-            one.decode(panel, out // 2)
-            assert torch.equal(panel, expected[out // 2 :].float().bfloat16())
+def test_octets_end_where_they_end(library: None, out: int, columns: int, rows: int, kind: int) -> None:
+    weight, reference = octet_weight(kind, out, columns)
+    x = torch.randn(rows, columns, generator=GENERATOR) + 0.5
+    for dtype, height, width, inverse in (
+        (torch.float32, 1, columns, False),
+        (torch.bfloat16, out, columns, True),
+        (torch.float16, 3, 64, False),
+        (torch.float32, 128, 13, True),
+    ):
+        grid = -(-out // height), -(-columns // width)
+        scales = before_a_wall((torch.rand(grid, generator=GENERATOR) + 0.1).to(dtype))
+        scale = blocks(scales, height, width, (out, columns))
+        expected = reference / scale if inverse else reference * scale
+        one = native.Octets(kind, weight, scales, height, width, inverse)
+        for given in ROUNDING:
+            x_given = before_a_wall(x.to(given) / 8)
+            right(one.linear(x_given), x_given.double() @ expected.t())
+        panel = before_a_wall(torch.empty(-(-out // 2), columns, dtype=torch.bfloat16))
+        one.decode(panel, out // 2, scaled=False)
+        assert torch.equal(panel, reference[out // 2 :].bfloat16())
+        one.decode(panel, out // 2)
+        right(panel, expected[out // 2 :])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize(("out", "group"), [(16, 32), (64, 64), (112, 32), (192, 128)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 32])
+@pytest.mark.parametrize(("out", "group"), [(16, 32), (64, 64), (112, 32), (192, 128), (64, 256)])
 def test_nibbles_end_where_they_end(library: None, out: int, group: int, rows: int) -> None:
     groups = 3
     codes = torch.randint(0, 16, (out, groups * group), generator=GENERATOR)
@@ -88,10 +114,44 @@ def test_nibbles_end_where_they_end(library: None, out: int, group: int, rows: i
         for stored, zero in ((None, torch.full_like(zeros, 8)), (qzeros, zeros + 1)):
             weight = (codes - zero.t().repeat_interleave(group, 1)) * scales.double().t().repeat_interleave(group, 1)
             one = native.Nibbles(nibbles, scales, stored, 1)
-            close(one.linear(before_a_wall(x)), x.double() @ weight.t(), 1e-10)
+            for given in ROUNDING:
+                x_given = before_a_wall(x.to(given))
+                right(one.linear(x_given), x_given.double() @ weight.t())
             panel = before_a_wall(torch.empty(groups * group, out, dtype=torch.bfloat16))
             one.decode(panel, 0)
             assert torch.equal(panel, weight.t().float().bfloat16())
+
+
+@pytest.mark.parametrize("kind", [native.FP8, native.INT8])
+def test_a_large_value_that_no_weight_meets_leaves_the_others_their_bits(library: None, kind: int) -> None:
+    weight, reference = octet_weight(kind, 64, 4096)
+    weight[:, 7], reference[:, 7] = 0, 0
+    one = native.Octets(kind, weight, torch.ones(64), 1, 4096)
+    x = torch.randn(2, 4096, generator=GENERATOR) / 8
+    x[0, 7] = 1e2
+    for given in ROUNDING:
+        y, expected = one.linear(x.to(given)).double(), x.to(given).double() @ reference.t()
+        assert (y - expected).square().mean() <= 1e-5 * expected.square().mean()
+
+
+def test_rows_that_are_no_numbers_stay_none(library: None) -> None:
+    x = torch.randn(3, 256, generator=GENERATOR).bfloat16()
+    x[1, 5], x[2, 9] = float("nan"), float("inf")
+    for kind in (native.FP8, native.INT8):
+        y = native.Octets(kind, octet_weight(kind, 64, 256)[0], torch.ones(64), 1, 256).linear(x)
+        assert y[0].isfinite().all()
+        assert not y[1:].isfinite().any(1).all()
+    codes = torch.full((64, 128), 0x53, dtype=torch.uint8)
+    y = native.Nibbles(codes, torch.ones(2, 64), None, 0).linear(x)
+    assert y[0].isfinite().all()
+    assert not y[1:].isfinite().any()
+
+
+def test_zeros_of_x_give_zeros(library: None) -> None:
+    x = torch.zeros(2, 256).bfloat16()
+    for kind in (native.FP8, native.INT8):
+        y = native.Octets(kind, octet_weight(kind, 64, 256)[0], torch.ones(64), 1, 256).linear(x)
+        assert torch.equal(y, torch.zeros(2, 64).bfloat16())
 
 
 def test_threads_share_a_product(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +159,9 @@ def test_threads_share_a_product(library: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     weight = torch.randint(-127, 127, (131, 70), dtype=torch.int8, generator=GENERATOR)
     x = torch.randn(5, 70, generator=GENERATOR)
-    close(native.Octets(native.INT8, weight).linear(x), x.double() @ weight.double().t(), 1e-12)
+    one = native.Octets(native.INT8, weight, torch.ones(131), 1, 70)
+    for given in ROUNDING:
+        right(one.linear(x.to(given)), x.to(given).double() @ weight.double().t())
 
 
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])

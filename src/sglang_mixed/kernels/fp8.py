@@ -21,11 +21,12 @@ from .panels import STRIP_VALUES, linear_by_panels, spans
 
 #: Up to so many rows the products run in float16, whose GEMM is the faster one until matrix units pay.
 FEW_ROWS = 4
+#: Values decoded at once for them: calls cost more than leaving the second-level cache.
+FEW_ROWS_STRIP = 1 << 19
 #: Scales are spread over columns once per call; smaller row blocks would make that a copy of W.
 MIN_BLOCK_ROWS = 32
-#: To float16 and bfloat16: factor that shifts, what carries the widened sign into the sign's place, what then goes.
-TO_FP16 = (1 << 7, torch.tensor(0x4000, dtype=torch.int16), ~0x4000)
-TO_BF16 = (1 << 4, torch.tensor(0x7800, dtype=torch.int16), ~0x7800)
+#: To float16 and bfloat16: factor that shifts, and which bits that the widened sign filled then go.
+TO_FP16, TO_BF16 = (1 << 7, ~0x4000), (1 << 4, ~0x7800)
 
 
 class FP8(FileLayout):
@@ -46,10 +47,11 @@ class FP8(FileLayout):
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
         """Compiled; else few bf16 rows: scales folded into x; more rows or another dtype: panels."""
         p: FP8Parameters = format.parameters
-        weight, scale = resident["weight"].view(torch.uint8), resident[p.scale_name].float()
-        scale = scale.reciprocal() if p.inverse else scale
+        weight, scale = resident["weight"].view(torch.int8), resident[p.scale_name]
         if native.takes(x):
-            return _native(x, weight, scale * 256, p.block).to(x.dtype)
+            height, width = p.block or (1 if scale.numel() > 1 else len(weight), x.shape[1])
+            return native.Octets(native.FP8, weight, scale, height, width, p.inverse).linear(x)
+        scale = scale.float().reciprocal() if p.inverse else scale.float()
         few = 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16
         if p.block is None:
             y = _few_rows(weight, x.float()[None], len(weight)) if few else _by_panels(x, weight).float()
@@ -74,33 +76,26 @@ def refuse_nan(weight: torch.Tensor) -> None:
             )
 
 
-def _native(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
-    """By compiled products, for which FP8 is w / 256: the scales are 256 times as large."""
-    if block is None:
-        return native.Octets(native.FP8, weight).linear(x).float().mul_(scale.reshape(-1))
-    return native.Octets(native.FP8, weight, _spread(scale, block[1], x.shape[1]), block[0]).linear(x)
-
-
 def _spread(scale: torch.Tensor, width: int, columns: int) -> torch.Tensor:
     """Block scales [blocks, blocks] -> float32 [blocks, in]."""
     return scale.unsqueeze(-1).expand(-1, -1, width).flatten(1)[:, :columns].contiguous()
 
 
 def _few_rows(weight: torch.Tensor, x: torch.Tensor, block: int) -> torch.Tensor:
-    """uint8 [out, in] times x float32 [blocks, rows, in], each `block` rows of W meeting their own x -> [rows, out]."""
+    """int8 [out, in] times x float32 [blocks, rows, in], each `block` rows of W meeting their own x -> [rows, out]."""
     (out_features, in_features), num_rows = weight.shape, x.shape[1]
     # |w·2⁻⁸| < 2: with |x| < 2^room no sum can leave float16.
     room = 15 - math.ceil(math.log2(in_features))
     fraction, power = torch.frexp(x.abs().amax(2, keepdim=True))
     x16, unit = torch.ldexp(x, room - power).half(), torch.ldexp(torch.ones_like(fraction), power + (8 - room))
-    strip = max(1, 2 * STRIP_VALUES // in_features)
-    buffer = torch.empty(min(strip, out_features), in_features, dtype=torch.int16)
-    y = torch.empty(num_rows, out_features)
+    strip = max(1, FEW_ROWS_STRIP // in_features)
+    buffer = torch.empty(min(strip, block), in_features, dtype=torch.int16)
+    y16 = torch.empty(num_rows, out_features, dtype=torch.float16)
     for index, (start, stop) in enumerate(spans(0, out_features, block)):
         for low, high in spans(start, stop, strip):
             codes = _shift(weight[low:high], buffer[: high - low], TO_FP16).view(torch.float16)
-            torch.mul(F.linear(x16[index], codes), unit[index], out=y[:, low:high])
-    return y
+            y16[:, low:high] = F.linear(x16[index], codes)
+    return y16.float().mul_(unit.squeeze(2).t().repeat_interleave(block, 1)[:, :out_features])
 
 
 def _by_panels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -132,9 +127,9 @@ def _by_scaled_panels(x: torch.Tensor, weight: torch.Tensor, spread: torch.Tenso
     return linear_by_panels(x, (weight.shape[0], weight.shape[1]), decode, strip)
 
 
-def _shift(octets: torch.Tensor, target: torch.Tensor, how: tuple[int, torch.Tensor, int]) -> torch.Tensor:
-    """e4m3 bytes to the bits of a 16-bit float in `target` int16."""
-    factor, carry, mask = how
+def _shift(octets: torch.Tensor, target: torch.Tensor, how: tuple[int, int]) -> torch.Tensor:
+    """e4m3 bytes, as int8, to the bits of a 16-bit float in `target` int16."""
+    factor, mask = how
     target.copy_(octets)
-    torch.add(carry, target, alpha=factor, out=target)
-    return target.bitwise_and_(mask)
+    # Multiplied, because torch's shifts are scalar loops.
+    return target.mul_(factor).bitwise_and_(mask)

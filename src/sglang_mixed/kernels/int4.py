@@ -82,7 +82,7 @@ class Int4:
             x = x.index_select(1, resident["permutation"])
         if layout_is_known() and native.takes(x):
             scales, offset = resident["scales"], format.parameters.zero_offset
-            return native.Nibbles(resident["nibbles"], scales, resident.get("qzeros"), offset).linear(x).to(x.dtype)
+            return native.Nibbles(resident["nibbles"], scales, resident.get("qzeros"), offset).linear(x)
         if layout_is_known() and (x.dtype != torch.bfloat16 or x.shape[0] >= MANY_ROWS):
             return _by_panels(x, resident, format.parameters)
         return _by_op(x.to(torch.bfloat16), resident, format.parameters).to(x.dtype)

@@ -33,7 +33,8 @@ class Int8(FileLayout):
         """Compiled; else few rows: weight-only kernel; more: integer products; many: panels of unscaled integers."""
         weight, scale = resident["weight"], resident[format.parameters.scale_name].reshape(-1)
         if native.takes(x) and not native.MAX_ROWS < x.shape[0] < MANY_ROWS:
-            return native.Octets(native.INT8, weight).linear(x).float().mul_(scale.float()).to(x.dtype)
+            height = 1 if scale.numel() > 1 else len(weight)
+            return native.Octets(native.INT8, weight, scale, height, x.shape[1]).linear(x)
         # The weight-only kernel reads 16 columns at once, aligned; anything else is a crash, not an error.
         if 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0 and is_aligned(weight):
             return torch._weight_int8pack_mm(aligned(x), weight, scale.to(x.dtype).expand(len(weight)).contiguous())

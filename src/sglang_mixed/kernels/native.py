@@ -1,4 +1,4 @@
-"""The products of native.c, compiled by this machine's C compiler on first use; without one, torch's kernels run.
+"""The functions of c/, compiled by this machine's C compiler on first use; without one, torch's kernels run.
 
 The library is kept in the user's cache folder under a hash of all that shaped it. SGLANG_MIXED_NATIVE=0 turns it off.
 """
@@ -22,35 +22,54 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from .panels import linear_by_panels, spans
 
 #: Rows of x that one call takes; the C source has the same.
-MAX_ROWS = 16
+MAX_ROWS = 32
 #: Kinds of 8-bit weights.
 FP8, INT8 = 0, 1
-SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-LANES, TILE, DEPTH, BLOCK = 16, 64, 32, 4
+FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TILE, DEPTH, BLOCK = 64, 32, 4
 #: A thread that would get fewer weights costs more than it saves.
 VALUES_PER_THREAD = 1 << 19
 #: Decoded weights of a GEMM, in the second-level cache.
 PANEL_BYTES = 2 << 20
 COMPILE_SECONDS = 60
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = Path(__file__).with_name("c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 X86_FLAGS = ("-mprefer-vector-width=512",)
 
-Pointer = ctypes.c_void_p
-_OCTETS = (ctypes.c_int, Pointer, Pointer, ctypes.c_long)
-_NIBBLES = (Pointer, ctypes.c_int, Pointer, Pointer, ctypes.c_float)
-SIGNATURES = {
-    "bytes_product": (*_OCTETS, Pointer, Pointer, *[ctypes.c_long] * 6),
-    "bytes_decode": (*_OCTETS, Pointer, *[ctypes.c_long] * 3),
-    "nibbles_product": (*_NIBBLES, Pointer, Pointer, Pointer, *[ctypes.c_long] * 6),
-    "nibbles_decode": (*_NIBBLES, Pointer, *[ctypes.c_long] * 7),
+Pointer, Long, Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+
+class _Octets(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("codes", "scales")),
+        *((name, Long) for name in ("out", "in", "height", "width")),
+        *((name, Int) for name in ("kind", "type", "inverse")),
+    ]
+
+
+class _Nibbles(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("codes", "scales", "zeros")),
+        *((name, Long) for name in ("out", "in", "size")),
+        ("type", Int),
+        ("offset", ctypes.c_float),
+    ]
+
+
+_PRODUCT = (Pointer, Int, Pointer, Int, Pointer, Long, Long, Long)
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "octets_product": _PRODUCT,
+    "octets_decode": (Pointer, Int, Pointer, Long, Long),
+    "nibbles_product": _PRODUCT,
+    "nibbles_decode": (Pointer, Pointer, *[Long] * 4),
+    "find_nan": (Pointer, Long, Long),
 }
+RESULTS = {"octets_product": Int, "nibbles_product": Int, "find_nan": Long}
 
 logger = logging.getLogger(__name__)
 
@@ -67,53 +86,57 @@ def takes(x: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Octets:
-    """An 8-bit weight [out, in] in the file's layout; of FP8 everything here computes with w / 256.
+    """An 8-bit weight [out, in] in the file's layout, with scales in blocks of height x width.
 
-    Unscaled, or times `spread` float32 [row blocks, in], of which `height` rows of W share a row.
+    `scales` has ceil(out / height) x ceil(in / width) values in rows; with `inverse` they are 1 / scale.
     """
 
     kind: int
     weight: torch.Tensor
-    spread: torch.Tensor | None = None
-    height: int = 1
+    scales: torch.Tensor
+    height: int
+    width: int
+    inverse: bool = False
 
     def __post_init__(self) -> None:
-        out, columns = self.weight.shape
+        (out, columns), height, width = self.weight.shape, self.height, self.width
         fits = self.kind in (FP8, INT8) and self.weight.is_contiguous() and self.weight.itemsize == 1
-        if self.spread is not None:
-            fits = fits and self.height > 0 and self.spread.shape == (-(-out // self.height), columns)
-            fits = fits and self.spread.is_contiguous() and self.spread.dtype == torch.float32
+        fits = fits and height > 0 < width and self.scales.numel() == -(-out // height) * -(-columns // width)
+        fits = fits and self.scales.is_contiguous() and self.scales.dtype in FLOAT_TYPES
         assert fits, "weight and scales must be contiguous and of one shape"
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] -> [rows, out]: float32 of few rows, bf16 of many bf16 ones."""
+        """x [rows, in] -> [rows, out] in x's dtype."""
         (out, columns), rows = self.weight.shape, len(x)
         assert rows > 0 and x.shape[1] == columns
-        if rows > MAX_ROWS:
-            height = max(1, PANEL_BYTES // (2 * columns))
-            return linear_by_panels(x, (out, columns), lambda low, _, panel: self.decode(panel, low), height)
-        x32, y = x.float().contiguous(), torch.empty(rows, out)
-        if columns % LANES:
-            x32 = F.pad(x32, (0, -columns % LANES))
-        given = (*self._pointers(), x32.data_ptr(), y.data_ptr(), rows, columns, x32.shape[1], out)
-        function = _function("bytes_product")
-        _split(lambda low, high: function(*given, low, high), 0, out, BLOCK, columns)
-        return y
+        if rows <= MAX_ROWS:
+            return _product("octets_product", self._struct(), x, out, BLOCK)
+        height = max(1, PANEL_BYTES // (2 * columns))
+        scaled = self.width < columns
+        y = linear_by_panels(x, (out, columns), lambda low, _, panel: self.decode(panel, low, scaled), height)
+        return y if scaled else y.float().mul_(self._row_scales()).to(x.dtype)
 
-    def decode(self, target: torch.Tensor, start: int) -> None:
+    def decode(self, target: torch.Tensor, start: int, scaled: bool = True) -> None:
         """Rows from `start` on to `target` bf16 [some rows, in]."""
         (out, columns), stop = self.weight.shape, start + len(target)
         assert start >= 0 and stop <= out and target.shape[1] == columns
         assert target.is_contiguous() and target.dtype == torch.bfloat16
-        function, given, address = _function("bytes_decode"), self._pointers(), target.data_ptr()
+        function, weight, address = _function("octets_decode"), ctypes.byref(self._struct()), target.data_ptr()
 
         def part(low: int, high: int) -> None:
-            function(*given, address + (low - start) * columns * target.itemsize, columns, low, high)
+            function(weight, scaled, address + (low - start) * columns * target.itemsize, low, high)
 
         _split(part, start, stop, BLOCK, columns)
 
-    def _pointers(self) -> tuple[int, int, int | None, int]:
-        return self.kind, self.weight.data_ptr(), None if self.spread is None else self.spread.data_ptr(), self.height
+    def _row_scales(self) -> torch.Tensor:
+        scales = self.scales.float().reshape(-1)
+        scales = scales if self.height == 1 else scales.repeat_interleave(self.height)[: len(self.weight)]
+        return scales.reciprocal() if self.inverse else scales
+
+    def _struct(self) -> _Octets:
+        type_ = FLOAT_TYPES[self.scales.dtype]
+        addresses = self.weight.data_ptr(), self.scales.data_ptr()
+        return _Octets(*addresses, *self.weight.shape, self.height, self.width, self.kind, type_, self.inverse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +152,7 @@ class Nibbles:
         out, columns = self.shape
         groups = len(self.scales)
         fits = self.scales.shape == (groups, out) and columns % groups == 0 and columns // groups % DEPTH == 0
-        fits = fits and self.scales.dtype in SCALE_TYPES and out % 16 == 0 and self.nibbles.itemsize == 1
+        fits = fits and self.scales.dtype in FLOAT_TYPES and out % 16 == 0 and self.nibbles.itemsize == 1
         fits = fits and all(one.is_contiguous() for one in (self.nibbles, self.scales))
         if self.qzeros is not None:
             fits = fits and self.qzeros.is_contiguous() and self.qzeros.nbytes == groups * out // 2
@@ -141,16 +164,17 @@ class Nibbles:
         return self.nibbles.shape[0], self.nibbles.shape[1] * 2
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] -> [rows, out]: float32 of few rows, bf16 of many bf16 ones."""
-        (out, columns), rows, groups = self.shape, len(x), len(self.scales)
+        """x [rows, in] -> [rows, out] in x's dtype."""
+        (out, columns), rows = self.shape, len(x)
         assert rows > 0 and x.shape[1] == columns
-        if rows > MAX_ROWS:
-            return self._by_panels(x)
-        x32, y = x.float().contiguous(), torch.empty(rows, out)
-        sums = x32.view(rows, groups, -1).sum(-1)
-        given = (*self._pointers(), x32.data_ptr(), sums.data_ptr(), y.data_ptr(), rows, columns, out)
-        function = _function("nibbles_product")
-        _split(lambda low, high: function(*given, columns // groups, low, high), 0, out, TILE, columns)
+        if rows <= MAX_ROWS:
+            return _product("nibbles_product", self._struct(), x, out, TILE)
+        width = max(1, PANEL_BYTES // (2 * columns * TILE)) * TILE
+        panel, y = torch.empty(columns * min(width, out), dtype=torch.bfloat16), x.new_empty(rows, out)
+        for start, stop in spans(0, out, width):
+            part = panel[: columns * (stop - start)].view(columns, -1)
+            self.decode(part, start)
+            y[:, start:stop] = x @ part
         return y
 
     def decode(self, target: torch.Tensor, start: int) -> None:
@@ -158,24 +182,29 @@ class Nibbles:
         (out, columns), stop = self.shape, start + target.shape[1]
         assert start >= 0 and stop <= out and start % TILE == 0 and (stop % TILE == 0 or stop == out)
         assert target.is_contiguous() and target.dtype == torch.bfloat16 and len(target) == columns
-        given = (*self._pointers(), target.data_ptr(), start, stop - start, columns, out, columns // len(self.scales))
+        given = ctypes.byref(self._struct()), target.data_ptr(), start, stop - start
         function = _function("nibbles_decode")
         _split(lambda low, high: function(*given, low, high), start, stop, TILE, columns)
 
-    def _by_panels(self, x: torch.Tensor) -> torch.Tensor:
-        out, columns = self.shape
-        width = max(1, PANEL_BYTES // (2 * columns * TILE)) * TILE
-        panel, y = torch.empty(columns * min(width, out), dtype=torch.bfloat16), x.new_empty(len(x), out)
-        for start, stop in spans(0, out, width):
-            part = panel[: columns * (stop - start)].view(columns, -1)
-            self.decode(part, start)
-            y[:, start:stop] = x @ part
-        return y
+    def _struct(self) -> _Nibbles:
+        (out, columns), zeros = self.shape, None if self.qzeros is None else self.qzeros.data_ptr()
+        addresses, size = (self.nibbles.data_ptr(), self.scales.data_ptr(), zeros), columns // len(self.scales)
+        return _Nibbles(*addresses, out, columns, size, FLOAT_TYPES[self.scales.dtype], self.zero_offset)
 
-    def _pointers(self) -> tuple[int, int, int, int | None, float]:
-        zeros = None if self.qzeros is None else self.qzeros.data_ptr()
-        kind = SCALE_TYPES[self.scales.dtype]
-        return self.nibbles.data_ptr(), kind, self.scales.data_ptr(), zeros, float(self.zero_offset)
+
+def _product(name: str, weight: ctypes.Structure, x: torch.Tensor, out: int, unit: int) -> torch.Tensor:
+    x, (rows, columns) = x.contiguous(), x.shape
+    # C writes bf16 or float32.
+    y = torch.empty(rows, out, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
+    given = ctypes.byref(weight), FLOAT_TYPES[x.dtype], x.data_ptr(), FLOAT_TYPES[y.dtype], y.data_ptr(), rows
+    function = _function(name)
+
+    def part(low: int, high: int) -> None:
+        if function(*given, low, high):
+            raise MemoryError(f"no memory for {rows} rows of {columns} values")
+
+    _split(part, 0, out, unit, columns)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _split(part: Callable[[int, int], object], start: int, stop: int, unit: int, columns: int) -> None:
@@ -217,25 +246,28 @@ def _library() -> ctypes.CDLL | None:
         logger.warning("no compiled CPU kernels, torch's run instead (slower): %s", detail)
         return None
     for name, arguments in SIGNATURES.items():
-        getattr(library, name).argtypes, getattr(library, name).restype = arguments, None
+        getattr(library, name).argtypes, getattr(library, name).restype = arguments, RESULTS.get(name)
     return library
 
 
 def _build() -> Path:
     """The shared library, from the cache or compiled. Raises OSError or SubprocessError."""
     if sys.byteorder != "little":
-        raise OSError("native.c reads little-endian words")
+        raise OSError("the C sources read little-endian words")
     compiler = _compiler()
     flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
     binary = Path(compiler[0]).resolve().stat()
-    key = (SOURCE.read_bytes(), compiler, binary.st_size, binary.st_mtime_ns, flags, _cpu())
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    texts = [source.read_bytes() for source in sources]
+    key = (texts, compiler, binary.st_size, binary.st_mtime_ns, flags, _cpu())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-mixed"
     target = folder / f"native-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
     if not target.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:  # renamed whole: another process may do the same
             built = Path(temporary, "native.so")
-            command = [*compiler, *flags, "-o", str(built), str(SOURCE)]
+            files = [str(source) for source in sources if source.suffix == ".c"]
+            command = [*compiler, *flags, "-o", str(built), *files, "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             built.replace(target)
     return target

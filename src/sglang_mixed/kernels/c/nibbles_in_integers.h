@@ -1,0 +1,135 @@
+/* Few rows of 16-bit x, as two integers of 8 bits each, times nibbles: exact within a group. A lane holds four columns
+ * of one row. */
+#pragma once
+#include "nibbles.h"
+
+#if HAS_OCTET_DOTS
+typedef __m512i sums[BLOCK];
+enum { CHUNK = 4 * DEPTH };
+
+/* Four columns of a whole tile: vector i holds the rows 16i to 16i + 15. */
+INLINE void four_columns(const uint8_t *tile, __m512i *out)
+{
+    __m512i place = _mm512_set_epi32(0x6F4F2F0F, 0x6E4E2E0E, 0x6D4D2D0D, 0x6C4C2C0C, 0x6B4B2B0B, 0x6A4A2A0A, 0x69492909,
+                                     0x68482808, 0x67472707, 0x66462606, 0x65452505, 0x64442404, 0x63432303, 0x62422202,
+                                     0x61412101, 0x60402000);
+    __m512i first = _mm512_loadu_si512(tile), second = _mm512_loadu_si512(tile + 64), mask = _mm512_set1_epi8(15);
+    for (int i = 0; i < 2; i++) {
+        __m512i pairs = _mm512_permutex2var_epi8(first, place, second);
+        out[i] = _mm512_and_si512(pairs, mask);
+        out[i + 2] = _mm512_and_si512(_mm512_srli_epi32(pairs, 4), mask);
+        place = _mm512_add_epi8(place, _mm512_set1_epi8(16));
+    }
+}
+
+/* The same of a narrow tile, whose octets hold neighbours; lanes that it lacks become 0. */
+INLINE void four_narrow_columns(const uint8_t *tile, long width, __m512i *out)
+{
+    uint8_t codes[BLOCK * LANES][4] = {0};
+    for (long k = 0; k < 4; k++)
+        for (long j = 0; j < width; j++)
+            codes[j][k] = tile[(k * width + j) / 2] >> 4 * (j % 2) & 15;
+    memcpy(out, codes, sizeof codes);
+}
+
+INLINE void multiply(int rows, const __m512i *w, const int8_t *x, long stride, sums *acc)
+{
+    for (int r = 0; r < rows; r++) {
+        int32_t four;
+        memcpy(&four, x + r * stride, sizeof four);
+        __m512i factor = _mm512_set1_epi32(four);
+        for (int i = 0; i < BLOCK; i++)
+            acc[r][i] = _mm512_dpbusd_epi32(acc[r][i], w[i], factor);
+    }
+}
+
+/* Up to two rows of x, four of halves: no weight is needed twice. */
+INLINE void tile_dots(int rows, const uint8_t *tile, const int8_t *x, long stride, long size, sums *total)
+{
+    sums acc[BLOCK] = {0};
+    for (long k = 0; k < size; k += 4) {
+        __m512i v[BLOCK];
+        prefetch(tile + k * TILE / 2 + AHEAD, 4 * TILE / 2);
+        four_columns(tile + k * TILE / 2, v);
+        multiply(rows, v, x + k, stride, acc);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < BLOCK; i++)
+            total[r][i] = acc[r][i];
+}
+
+INLINE void chunk_dots(int rows, __m512i (*w)[BLOCK], const int8_t *x, long stride, long size, sums *total)
+{
+    sums acc[BLOCK];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < BLOCK; i++)
+            acc[r][i] = total[r][i];
+    for (long k = 0; k < size; k += 4)
+        multiply(rows, w[k / 4], x + k, stride, acc);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < BLOCK; i++)
+            total[r][i] = acc[r][i];
+}
+
+/* The sums of one group of a tile, for every row of halves. */
+INLINE void group_dots(const nibbles *w, const halves *h, long rows, long n, long first, sums *total)
+{
+    long width = least(TILE, w->out - n);
+    if (rows <= BLOCK && width == TILE) {
+        const uint8_t *tile = tile_at(w, n, first);
+        rows == 2 ? tile_dots(2, tile, h->values + first, h->stride, w->size, total)
+                  : tile_dots(4, tile, h->values + first, h->stride, w->size, total);
+        return;
+    }
+    memset(total, 0, rows * sizeof *total);
+    for (long k = first; k < first + w->size; k += CHUNK) {
+        __m512i chunk[CHUNK / 4][BLOCK];
+        long size = least(CHUNK, first + w->size - k);
+        const uint8_t *tile = tile_at(w, n, k);
+        for (long j = 0; j < size; j += 4) {
+            prefetch(tile + j * width / 2 + AHEAD, 4 * width / 2);
+            width == TILE ? four_columns(tile + j * TILE / 2, chunk[j / 4])
+                          : four_narrow_columns(tile + j * width / 2, width, chunk[j / 4]);
+        }
+        for (long r = 0; r < rows; r += BLOCK)
+            rows - r < BLOCK ? chunk_dots(2, chunk, h->values + r * h->stride + k, h->stride, size, total + r)
+                             : chunk_dots(4, chunk, h->values + r * h->stride + k, h->stride, size, total + r);
+    }
+}
+
+static void tile_in_integers(const nibbles *w, const halves *h, const float *x_sums, long rows, long n, block *total)
+{
+    group own;
+    for (long g = 0; g < w->in / w->size; g++) {
+        sums part[2 * MAX_ROWS];
+        group_dots(w, h, 2 * rows, n, g * w->size, part);
+        load_group(&own, w, n, g * w->size);
+        for (long r = 0; r < rows; r++) {
+            float step = h->steps[r * h->units + g], x_sum = x_sums[r * h->units + g];
+            for (int i = 0; i < BLOCK; i++) {
+                __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(part[2 * r][i], 8), part[2 * r + 1][i]);
+                vec own_sum = (vec)_mm512_cvtepi32_ps(whole) - x_sum * load(own.zero + i * LANES);
+                total[r][i] += step * load(own.scale + i * LANES) * own_sum;
+            }
+        }
+    }
+}
+
+static int product_in_integers(const nibbles *w, matrix x, matrix y, long rows, long start, long stop)
+{
+    halves h;
+    if (split(&h, x, rows, w->in, w->size))
+        return 1;
+    float *x_sums = sums_of_halves(&h, rows);
+    for (long n = start; x_sums && n < stop; n += TILE) {
+        block total[MAX_ROWS];
+        memset(total, 0, rows * sizeof *total);
+        tile_in_integers(w, &h, x_sums, rows, n, total);
+        for (long r = 0; r < rows; r++)
+            write_floats(y, r * w->out + n, least(TILE, w->out - n), (const float *)total[r]);
+    }
+    free_halves(&h);
+    free(x_sums);
+    return !x_sums;
+}
+#endif
