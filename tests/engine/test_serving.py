@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import pytest
 from sglang_mixed.plan import Plan, make_plan
 
 from .comparison import BOUND, REQUEST, differing_tokens, largest_difference
-from .conftest import TINY, Engine, Server, http
-from .reference import write_reference
+from .conftest import TINY, Server, http
 
 MAP = TINY / "map.yaml"
 
@@ -35,13 +34,10 @@ def booting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def reference(
-    booting: Server, plan: Plan, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+    booting: Server, plan: Plan, prompts: list[list[int]], stock_answers: Callable[..., list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     # The reference runs while the server starts.
-    folder = write_reference(plan, tmp_path_factory.mktemp("reference"))
-    stock = Engine(folder / "log", folder, {"input_ids": prompts, **REQUEST})
-    answers: list[dict[str, Any]] = stock.result()["answers"][0]
-    return answers
+    return stock_answers(plan, prompts)
 
 
 @pytest.fixture(scope="module")

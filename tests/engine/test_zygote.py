@@ -70,15 +70,16 @@ def test_what_a_job_spawns_is_its_child_with_its_environment_and_none_of_its_sta
     assert seen == [{**expected, "state": [None, None, None], "threads": 1}] * 2
 
 
-def test_a_failed_engine_shows_its_log(tmp_path: Path) -> None:
-    engine = Engine(tmp_path / "log", TINY / "bf16", {"input_ids": [[5]]}, quantization="no such thing")
-    with pytest.raises(AssertionError, match="no such thing"):
+def test_an_engine_whose_scheduler_fails_shows_its_log(tmp_path: Path) -> None:
+    wrong = {"model_loader_extra_config": '{"no_such_key": 1}'}
+    engine = Engine(tmp_path / "log", TINY / "bf16", {"input_ids": [[5]]}, **wrong)
+    with pytest.raises(AssertionError, match=r"(?s)Scheduler hit an exception.*no_such_key"):
         engine.result()
 
 
 def test_an_engine_that_hangs_is_ended_with_all_its_processes(tmp_path: Path) -> None:
     engine = Engine(tmp_path / "log", TINY / "bf16", {"input_ids": [[5]]}, log_level="info")
-    while len(processes := descendants(engine.job.pid)) < 3:
+    while len(processes := descendants(engine.job.pid)) < 3 and engine.job.poll() is None:
         time.sleep(0.1)
     with pytest.raises(AssertionError, match="still runs after 0 s"):
         engine.result(seconds=0)

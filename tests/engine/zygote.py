@@ -16,6 +16,7 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import multiprocessing.util
 import os
 import signal
@@ -29,14 +30,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 IMPORTED = (
+    "multiprocessing.popen_spawn_posix",
+    "sglang.srt.arg_groups.pipeline",
+    "sglang.srt.arg_groups.resolution_hooks",
+    "sglang.srt.constrained.xgrammar_backend",
     "sglang.srt.entrypoints.http_server",
+    "sglang.srt.layers.attention.torch_native_backend",
     "sglang.srt.managers.data_parallel_controller",
+    "sglang.srt.managers.tp_worker",
     "sglang.srt.models.registry",
+    "sglang_mixed.engine.arguments",
+    "sglang_mixed.engine.loader",
     "sglang_mixed.engine.plugin",
+    "sglang_mixed.engine.quantization",
+    "sglang_mixed.engine.routes",
 )
 ROOT = Path(__file__).parents[2]
-# Two threads of a tiny model wait for each other longer than one takes, most of all beside another engine.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Two threads of a tiny model wait for each other longer than one takes, and the function that SGLang compiles where there
+# are several ranks takes longer to compile than all tests need to run it.
+FAST = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 _LEAD = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.engine.zygote import lead_session; lead_session()\n"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -134,6 +146,10 @@ def main(connection: socket.socket) -> None:
     """Import, then fork. Each forked process comes back here with its own code, after the fork that stands by it."""
     for name in IMPORTED:
         importlib.import_module(name)
+    for handler in filter(None, (reference() for reference in logging._handlerList)):
+        # A log file that an import has opened: its number may be that of a descriptor which a fork is given.
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
     assert _threads() == 1, "a fork would lose the threads that an import has started"
     gc.freeze()
     while True:
@@ -210,7 +226,7 @@ class Zygote:
             start_new_session=True,
             cwd=ROOT,
             # OpenBLAS starts its threads when it is loaded.
-            env=os.environ | ONE_THREAD | {"OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | FAST | {"OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
         self.launcher = Launcher(mine)
@@ -220,7 +236,7 @@ class Zygote:
         with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
             descriptors = {0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()}
             try:
-                return Job(self.launcher.launch([code, *arguments], descriptors, os.environ | ONE_THREAD, leads=True))
+                return Job(self.launcher.launch([code, *arguments], descriptors, os.environ | FAST, leads=True))
             except (EOFError, OSError) as error:
                 self.output.seek(0)
                 raise AssertionError(f"the zygote has ended:\n{self.output.read().decode()}") from error
