@@ -43,6 +43,15 @@ WRITERS: dict[str, Callable[[np.random.Generator, int, int], packers.Packed]] = 
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 64]},
         name="weight_scale_inv",
     ),
+    "fp8-wide": lambda rng, out, columns: packers.eight_bit(
+        rng,
+        (out, columns),
+        (128, 128),
+        (-(-out // 128), -(-columns // 128)),
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        name="weight_scale_inv",
+        scale_dtype=torch.bfloat16,
+    ),
     "fp8-inverse": lambda rng, out, columns: packers.eight_bit(
         rng,
         (out, columns),
@@ -68,6 +77,9 @@ WRITERS: dict[str, Callable[[np.random.Generator, int, int], packers.Packed]] = 
     ),
 }
 
+#: A format that no kernel of a GPU runs.
+UNSUPPORTED = {"gptq-3-bit": lambda rng, out, columns: packers.gptq(rng, out, columns, bits=3)}
+
 
 def write_experts(folder: Path, writer: str, *, intermediate: int, experts: int = 4, seed: int = 1) -> Path:
     """One layer of a Qwen3-MoE whose experts and attention are in this writer's format, "bf16" for plain ones."""
@@ -78,7 +90,7 @@ def write_experts(folder: Path, writer: str, *, intermediate: int, experts: int 
         rng = np.random.default_rng(seed)
         for name in [name for name in found if name.endswith("_proj.weight")]:
             rows, columns = found.pop(name).shape
-            packed = WRITERS[writer](rng, rows, columns)
+            packed = {**WRITERS, **UNSUPPORTED}[writer](rng, rows, columns)
             described["quantization_config"] = packed.config
             found |= {name.removesuffix("weight") + local: tensor for local, tensor in packed.tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)

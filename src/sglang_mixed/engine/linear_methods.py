@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class LinearRecipe:
 
     method: Callable[[LinearBase], LinearMethodBase]
     convert: Convert
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of `create_weights`
 
 
 def recipe_for(parts: Sequence[PlannedModule], rows: Sequence[int], columns: int) -> LinearRecipe:
@@ -78,7 +79,8 @@ def _recipe(module_format: ModuleFormat) -> LinearRecipe:
         return LinearRecipe(_from_config(name, described), _packed)
     if module_format.name == "fp8" and p.block:
         described = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(p.block)}
-        return LinearRecipe(_from_config("fp8", described), _blocks)
+        # Whole blocks are checked already, and SGLang's check wants a parallel layout.
+        return LinearRecipe(_from_config("fp8", described), _blocks, {"skip_block_quant_check": True})
     name = "w8a8_fp8" if module_format.name == "fp8" else "w8a8_int8"
     return LinearRecipe(_from_config(name, {"quant_method": name}), _rows)
 

@@ -54,6 +54,7 @@ class LinearRun(Converted):
                 output_size=sum(self._sizes),
                 params_dtype=self._dtype,
                 weight_loader=_never_called,
+                **self._recipe.arguments,
             )
         for name, parameter in matrix.named_parameters():
             if name in found:
