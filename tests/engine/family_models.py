@@ -250,6 +250,33 @@ FAMILIES: dict[str, Family] = {
         {**HEADS_ATTENTION, **DENSE},
         {**QKV_BIASES, **QUERY_NORMS},
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        {
+            "attention_bias": True,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": EXPERT_WIDTH,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "swiglu_limit": 7.0,
+            "hidden_act_alpha": 1.702,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+        HEADS_ATTENTION,
+        {
+            **QKV_BIASES,
+            "self_attn.o_proj.bias": (HIDDEN,),
+            "self_attn.sinks": (HEADS,),
+            "mlp.router.weight": (EXPERTS, HIDDEN),
+            "mlp.router.bias": (EXPERTS,),
+            "mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * EXPERT_WIDTH),
+            "mlp.experts.gate_up_proj_bias": (EXPERTS, 2 * EXPERT_WIDTH),
+            "mlp.experts.down_proj": (EXPERTS, EXPERT_WIDTH, HIDDEN),
+            "mlp.experts.down_proj_bias": (EXPERTS, HIDDEN),
+        },
+    ),
 }
 
 
@@ -272,10 +299,10 @@ def _plain_tensor(name: str, shape: Shape) -> torch.Tensor:
     return (values + 1 if "norm" in name else values).to(torch.bfloat16)
 
 
-def write_family(folder: Path, name: str, pack: Pack = plain, factor: float = 0.1) -> Path:
+def write_family(folder: Path, family: str | Family, pack: Pack = plain, factor: float = 0.1) -> Path:
     """A checkpoint of the family whose matrices `pack(rng, out, in)` made, their scales times `factor`."""
     folder.mkdir(parents=True)
-    family = FAMILIES[name]
+    family = FAMILIES[family] if isinstance(family, str) else family
     tensors, quantization = plain_tensors(family), {}
     for layer in range(LAYERS):
         for local, (out, columns) in family.matrices(layer).items():

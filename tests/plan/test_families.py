@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from sglang_mixed.memory import module_kind
+from sglang_mixed.plan import families
 from sglang_mixed.plan.families import base_facts, cut_role, never_loaded, norm_readers, num_experts
 from sglang_mixed.plan.fused import running_together
+from tests.engine.family_models import EXPERTS, FAMILIES, LAYERS, Family
 
 LAYER = "model.layers.3"
 
@@ -24,7 +28,7 @@ def below(*names: str) -> dict[str, object]:
         ("mlp.experts.7.down_proj", ("mlp.experts", "w2")),
         ("mlp.shared_expert.up_proj", ("mlp.shared_expert", "gate_up_proj")),
         ("block_sparse_moe.experts.0.w3", ("block_sparse_moe.experts", "w13")),
-        ("self_attn.kv_a_proj_with_mqa", ("self_attn", "fused_qkv_a_proj")),
+        ("self_attn.kv_a_proj_with_mqa", ("self_attn", "fused_qkv_a_proj_with_mqa")),
         ("mlp.gate", None),
     ],
 )
@@ -64,7 +68,8 @@ def test_what_the_engine_never_loads() -> None:
     ]  # fmt: skip
     config = {"num_hidden_layers": 2, "tie_word_embeddings": True}
     assert never_loaded(modules, config) == set(modules[:4])
-    assert "lm_head" not in never_loaded(modules, {**config, "num_experts": 8})
+    assert "lm_head" not in never_loaded(modules, {**config, "architectures": ["Qwen3MoeForCausalLM"]})
+    assert "lm_head" in never_loaded(modules, {**config, "architectures": ["DeepseekV2ForCausalLM"], "num_experts": 8})
     assert "lm_head" not in never_loaded(modules, {**config, "tie_word_embeddings": False})
     assert never_loaded(modules, {"text_config": config}) == set(modules[:4])
 
@@ -83,3 +88,80 @@ def test_facts_under_every_name() -> None:
 )
 def test_how_ranks_cut(name: str, role: str | None) -> None:
     assert cut_role(name) == role
+
+
+def module_names(family: Family) -> dict[str, object]:
+    """All modules of a family's layers."""
+    names = [
+        f"model.layers.{layer}.{local}"
+        for layer in range(LAYERS)
+        for local in (*family.matrices(layer), *(name.rpartition(".")[0] for name in family.others(layer)))
+    ]
+    return dict.fromkeys(names)
+
+
+#: Last name part -> (kind of module, side that tensor parallelism cuts), of everything that a layer may hold.
+CLASSES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "self_attn"), ("attention", "out")),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), ("attention", None)),
+    "o_proj": ("attention", "in"),
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), ("mlp", "out")),
+    **dict.fromkeys(("down_proj", "w2"), ("mlp", "in")),
+    "experts": ("experts", None),
+    **dict.fromkeys(("gate", "router"), ("router", None)),
+    "shared_expert_gate": ("mlp", None),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_module_of_every_family_is_known(name: str) -> None:
+    for module in module_names(FAMILIES[name]):
+        last = module.rpartition(".")[2]
+        kind, role = ("norm", None) if last.endswith("norm") else CLASSES[last]
+        expected = "experts" if ".experts." in module else kind
+        assert (module_kind(module), cut_role(module)) == (expected, role), module
+        assert families.runs_in_16_bits(module) == (kind in ("norm", "router") or last == "shared_expert_gate"), module
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_norms_are_read_by_all_that_reads_hidden_states(name: str) -> None:
+    modules = module_names(FAMILIES[name])
+    read = [reader for module in modules for reader in norm_readers(module, modules)]
+    inner = ("o_proj", "down_proj", "w2", "norm", "self_attn")
+    assert sorted(read) == sorted(module for module in modules if not module.endswith(inner))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_compared_by_its_norms_and_routers(name: str) -> None:
+    modules = module_names(FAMILIES[name])
+    expected = [module for module in modules if module.endswith("norm") or families.is_router(module)]
+    assert families.compared(modules) == expected
+    routed = any("expert" in module for module in modules)
+    assert any(map(families.is_router, modules)) == routed
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_number_of_experts_of_every_family(name: str) -> None:
+    routed = any("experts" in module for module in module_names(FAMILIES[name]))
+    assert num_experts(FAMILIES[name].full_config()) == (EXPERTS if routed else 0)
+
+
+@pytest.mark.parametrize("layout", families.FUSED_EXPERTS)
+def test_an_experts_matrices_inside_a_fused_tensor(layout: str) -> None:
+    hidden, width, expert = 3, 2, 1
+    gate, up = torch.arange(6.0).view(width, hidden), torch.arange(10.0, 16).view(width, hidden)
+    rows = [gate[0], up[0], gate[1], up[1]] if layout == "gpt_oss" else [*gate, *up]
+    tensor = torch.stack([torch.zeros(hidden, 2 * width), torch.stack(rows).T])
+    held = families.fused_experts("model.layers.0.mlp.experts", {"model_type": layout})
+    assert torch.equal(held["gate_up_proj"].part(tensor, expert, "gate_proj"), gate)
+    assert torch.equal(held["gate_up_proj"].part(tensor, expert, "up_proj"), up)
+    down = torch.arange(12.0).view(2, width, hidden)
+    assert torch.equal(held["down_proj"].part(down, expert, "down_proj"), down[1].T)
+    assert families.fused_experts("model.layers.0.mlp", {"model_type": layout}) == {}
+    assert families.fused_experts("model.layers.0.mlp.experts", {"model_type": "qwen3_moe"}) == {}
+
+
+def test_heads_that_rows_are_made_of() -> None:
+    assert families.heads_field("model.layers.0.self_attn.kv_b_proj") == "num_attention_heads"
+    assert families.heads_field("model.layers.0.self_attn.v_proj") == "num_key_value_heads"
+    assert families.heads_field("model.layers.0.mlp.up_proj") is None

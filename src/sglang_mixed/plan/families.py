@@ -3,61 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-#: Last name part -> the matrix that the engine makes of it and its siblings below the same parent.
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "w1": "w13",
-    "w3": "w13",
-    "q_a_proj": "fused_qkv_a_proj",
-    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+#: Matrix that the engine makes of several -> their last name parts below one parent, in its order of rows.
+FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-#: Last name part of an expert's matrix -> the tensor that holds all experts' of a layer.
-_EXPERT = {"gate_proj": "w13", "up_proj": "w13", "w1": "w13", "w3": "w13", "down_proj": "w2", "w2": "w2"}
+#: What checkpoints call an expert's gate, up and down projection.
+EXPERTS: tuple[tuple[str, str, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
+_FUSED = {part: matrix for matrix, parts in FUSED.items() for part in parts}
+_FUSED |= {"w1": "w13", "w3": "w13"}  # a dense layer of Mixtral's naming
+#: Last name part of an expert's matrix -> the tensor that holds all experts' of a layer.
+_EXPERT = {part: matrix for names in EXPERTS for part, matrix in zip(names, ("w13", "w13", "w2"), strict=True)}
+
+
+class FusedExperts(NamedTuple):
+    """A tensor that holds a matrix of every expert of a layer, one after the other.
+
+    `parts` are the projections whose rows it holds: one block each, or in turns (`interleaved`).
+    `transposed` tensors are [experts, in, out], others [experts, out, in].
+    """
+
+    parts: tuple[str, ...]
+    transposed: bool
+    interleaved: bool = False
+
+    def part(self, tensor: Any, expert: int, part: str) -> Any:
+        """The view [out, in] of one expert's projection."""
+        matrix = tensor[expert].T if self.transposed else tensor[expert]
+        place, ways = self.parts.index(part), len(self.parts)
+        if self.interleaved:
+            return matrix[place::ways]
+        rows = len(matrix) // ways
+        return matrix[place * rows : (place + 1) * rows]
+
+
+#: model_type -> local name below `….experts` -> what it holds. Their biases are `NAME_bias`, [experts, out].
+FUSED_EXPERTS: dict[str, dict[str, FusedExperts]] = {
+    "gpt_oss": {
+        "gate_up_proj": FusedExperts(("gate_proj", "up_proj"), transposed=True, interleaved=True),
+        "down_proj": FusedExperts(("down_proj",), transposed=True),
+    },
+    "llama4_text": {
+        "gate_up_proj": FusedExperts(("gate_proj", "up_proj"), transposed=True),
+        "down_proj": FusedExperts(("down_proj",), transposed=True),
+    },
+}
+
+#: A layer's MLPs, where it has them: dense or routed, and the expert that sees every token.
+_MLPS = ("mlp", "block_sparse_moe", "feed_forward")
+_SHARED = ("shared_expert", "shared_experts")
+#: Last name parts that only a router has, below an MLP.
+_ROUTER = ("gate", "router")
 #: A layer's norm -> what reads its output, below the layer. `*` stands for every expert.
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
-_LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
-_DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
-_ROUTED = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
-_MIXTRAL = ("block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3")
-_SHARED = tuple(
-    f"mlp.{name}.{part}" for name in ("shared_experts", "shared_expert") for part in ("gate_proj", "up_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa")
+_MLP_READERS = (
+    *_ROUTER,
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "experts",
+    *(f"experts.*.{part}" for part in ("gate_proj", "up_proj", "w1", "w3")),
+    *(f"{shared}.{part}" for shared in _SHARED for part in ("gate_proj", "up_proj")),
+    "shared_expert_gate",
 )
 _READERS = {
-    "input_layernorm": (*_ATTENTION, *_LATENT),
-    "post_attention_layernorm": (*_DENSE, *_ROUTED, *_MIXTRAL, *_SHARED, "mlp.shared_expert_gate"),
+    "input_layernorm": tuple(f"self_attn.{part}" for part in _ATTENTION),
+    "post_attention_layernorm": tuple(f"{mlp}.{part}" for mlp in _MLPS for part in _MLP_READERS),
     "self_attn.q_a_layernorm": ("self_attn.q_b_proj",),
     "self_attn.kv_a_layernorm": ("self_attn.kv_b_proj",),
 }
 #: Where a layer has this norm too, the MLP reads it instead of `post_attention_layernorm` (Gemma 2 and 3).
 _SANDWICH = "pre_feedforward_layernorm"
 
-_ROUTERS = ("mlp.gate", "block_sparse_moe.gate", "mlp.router")
+_ROUTERS = tuple(f".{mlp}.{router}" for mlp in _MLPS for router in _ROUTER)
 _EMBEDDINGS = ("embed_tokens", "wte")
 _COMPARED = ("norm", *_ROUTERS, *_EMBEDDINGS)
+#: Last name parts whose outputs, or inputs, are shared out; all else every rank holds whole: routers, norms, gates of
+#: shared experts, the low-rank projections of latent attention. `self_attn` itself holds one sink a head.
 _CUT_OUT = frozenset(
     (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "gate_proj",
-        "up_proj",
-        "w1",
-        "w3",
-        "q_b_proj",
-        "kv_b_proj",
-        "embed_tokens",
-        "lm_head",
+        *("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "self_attn"),
+        *("gate_proj", "up_proj", "w1", "w3"),
+        *("embed_tokens", "lm_head"),
     )
 )
 _CUT_IN = frozenset(("o_proj", "down_proj", "w2"))
-#: More layers than any model appends for multi-token prediction.
+#: Last name part -> the config field that says of how many heads its rows are made.
+_HEADS = {
+    **dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj", "self_attn"), "num_attention_heads"),
+    **dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads"),
+}
+#: Architectures whose head SGLang does not tie, whatever `tie_word_embeddings` says.
+_NEVER_TIED = frozenset(f"{name}ForCausalLM" for name in ("Qwen2Moe", "Qwen3Moe", "Mixtral", "Glm4Moe", "GptOss"))
+#: Layers past the last for multi-token prediction; no model appends more.
 _MAX_EXTRA_LAYERS = 8
 
 #: Config fields that make a model's weights what they are, each under every name it goes by.
@@ -73,6 +115,13 @@ BASE_FIELDS: tuple[tuple[str, ...], ...] = (
     ("num_experts", "num_local_experts", "n_routed_experts"),
     ("num_experts_per_tok",),
     ("n_shared_experts",),
+    ("shared_expert_intermediate_size",),
+    ("first_k_dense_replace",),
+    ("q_lora_rank",),
+    ("kv_lora_rank",),
+    ("qk_nope_head_dim",),
+    ("qk_rope_head_dim",),
+    ("v_head_dim",),
     ("vocab_size",),
     ("rms_norm_eps",),
     ("rope_theta",),
@@ -112,8 +161,8 @@ def never_loaded(modules: Iterable[str], config: Mapping[str, Any]) -> set[str]:
     text = text_config(config)
     layers = int(text.get("num_hidden_layers") or 0)
     extra = tuple(f"model.layers.{layer}." for layer in range(layers, layers + _MAX_EXTRA_LAYERS)) if layers else ()
-    # Qwen3-MoE ignores tie_word_embeddings in SGLang and needs its own head.
-    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings"))) and not num_experts(config)
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings")))
+    tied = tied and _NEVER_TIED.isdisjoint(config.get("architectures") or ())
     return {
         name
         for name in modules
@@ -180,6 +229,28 @@ def cut_role(name: str) -> str | None:
     """Which side of a module's weight tensor parallelism cuts: "out", "in", or None where every rank holds it whole."""
     last = name.rpartition(".")[2]
     return "out" if last in _CUT_OUT else "in" if last in _CUT_IN else None
+
+
+def heads_field(name: str) -> str | None:
+    """The config field that says of how many heads a module's rows are made; None for rows that are no heads'."""
+    return _HEADS.get(name.rpartition(".")[2])
+
+
+def is_router(name: str) -> bool:
+    """Whether the module chooses the experts of each token."""
+    return name.endswith(_ROUTERS)
+
+
+def runs_in_16_bits(name: str) -> bool:
+    """Whether SGLang reads the module's weight without a quantization method, so that it cannot stay compressed."""
+    return is_router(name) or is_vocabulary(name) or name.endswith(("norm", ".shared_expert_gate"))
+
+
+def fused_experts(name: str, config: Mapping[str, Any]) -> Mapping[str, FusedExperts]:
+    """What each tensor of a module `….experts` holds, by its local name; empty for any other module."""
+    if not name.endswith(".experts"):
+        return {}
+    return FUSED_EXPERTS.get(str(text_config(config).get("model_type")), {})
 
 
 def is_key_value(name: str) -> bool:
