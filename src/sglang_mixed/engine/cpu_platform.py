@@ -10,6 +10,14 @@ import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+#: Environment that SGLang reads, where the operator has not set it.
+ENVIRONMENT = {
+    # All ranks of a host measure one memory, each at its own time: SGLang takes the difference for an imbalance.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+    # A server that fails would wait a minute for a GPU's core dumps.
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+}
+
 
 def activate() -> str | None:
     """Entry point `sglang.srt.platforms`: the platform's class, or None where there is an accelerator."""
@@ -59,12 +67,19 @@ class TorchCPUPlatform(SRTPlatform):
         return int(memory.available), int(memory.total)
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Backends that need no compiled kernels; what the operator set stays."""
+        """Backends that need no compiled kernels, and no GPU's diagnostics; what the operator set stays."""
         if server_args.attention_backend is None:
             server_args.attention_backend = "torch_native"
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.disable_overlap_schedule = True
+        if server_args.moe_runner_backend == "auto":
+            # SGLang's plain-torch loop reads expert weights as this one lays them out.
+            server_args.moe_runner_backend = "triton"
+        # Sliding windows are masked here; a pool of its own for them is nothing SGLang builds on other platforms.
+        server_args.disable_hybrid_swa_memory = True
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
     def get_default_attention_backend(self) -> str:
         """The attention backend that is plain torch."""
@@ -78,9 +93,9 @@ class TorchCPUPlatform(SRTPlatform):
 
     def get_mla_kv_pool_cls(self) -> type:
         """SGLang's own pool for multi-head latent attention."""
-        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+        from .cpu_attention import LatentKVPool
 
-        return MLATokenToKVPool
+        return LatentKVPool
 
     def get_paged_allocator_cls(self) -> type:
         """SGLang's own paged allocator."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 def register() -> None:
     """Called once in every SGLang process. Nothing changes for a server that does not ask for mixed precision."""
     from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.layers.quantization import QUANTIZATION_METHODS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import arguments, cpu_logits, loader, routes
+    from . import arguments, cpu_logits, cpu_ops, cpu_parallel, loader, routes
     from .cpu_platform import runs_on_torch_cpu
     from .quantization import NAME, MixedPrecisionQuantization
 
@@ -24,14 +25,14 @@ def register() -> None:
         f"{worker_path}.update_weights_from_tensor": loader.update_weights,
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state": routes.get_internal_state,
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": routes.launch_subprocesses,
+        "uvicorn.run": routes.run_uvicorn,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)
     if runs_on_torch_cpu():
-        HookRegistry.register(
-            "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
-            cpu_logits.compute_lm_head,
-            HookType.AROUND,
-        )
+        lm_head = "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"
+        for target, hook in {lm_head: cpu_logits.compute_lm_head, **cpu_ops.hooks(), **cpu_parallel.hooks()}.items():
+            HookRegistry.register(target, hook, HookType.AROUND)
+        ATTENTION_BACKENDS["torch_native"] = cpu_ops.create_attention
     Engine.server_args_class = staticmethod(arguments.engine_arguments(Engine.server_args_class))
     # First in the table: SGLang lets the first method that claims a checkpoint's config have it.
     others = dict(QUANTIZATION_METHODS)
