@@ -46,8 +46,8 @@ IMPORTED = (
     "sglang_mixed.engine.routes",
 )
 ROOT = Path(__file__).parents[2]
-# Two threads of a tiny model wait for each other longer than one takes, and the function that SGLang compiles where there
-# are several ranks takes longer to compile than all tests need to run it.
+# Two threads of a tiny model wait for each other longer than one takes. SGLang compiles a function where there are
+# several ranks, which takes longer than all tests need to run it.
 FAST = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 _LEAD = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.engine.zygote import lead_session; lead_session()\n"
 _PR_SET_PDEATHSIG = 1
