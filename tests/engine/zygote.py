@@ -64,10 +64,13 @@ class Launcher:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
     def launch(
-        self, code: Sequence[str], descriptors: Mapping[int, int], environment: Mapping[str, str], leads: bool = False
+        self, code: Sequence[str], descriptors: Mapping[int, int], environment: Mapping[str, str], first: str = ""
     ) -> int:
-        """Run `python -c *code` with {descriptor there: descriptor here} open; returns the process id."""
-        body = json.dumps([code, list(descriptors), dict(environment), str(Path.cwd()), leads]).encode()
+        """Run `python -c *code` with {descriptor there: descriptor here} open; returns the process id.
+
+        `first` is run before: its effect on the process is what those it spawns inherit too.
+        """
+        body = json.dumps([code, list(descriptors), dict(environment), str(Path.cwd()), first]).encode()
         socket.send_fds(self.connection, [len(body).to_bytes(4)], list(descriptors.values()))
         self.connection.sendall(body)
         return int.from_bytes(_receive(self.connection, 4))
@@ -101,7 +104,7 @@ def fork_on_request(connection: socket.socket) -> list[str]:
         size, received, *_ = socket.recv_fds(connection, 4, 250)
         if not size:
             os._exit(0)
-        code, numbers, environment, folder, leads = json.loads(_receive(connection, int.from_bytes(size)))
+        code, numbers, environment, folder, first = json.loads(_receive(connection, int.from_bytes(size)))
         ours, theirs = socket.socketpair()
         middle = os.fork()
         if middle == 0:
@@ -117,8 +120,7 @@ def fork_on_request(connection: socket.socket) -> list[str]:
             os.environ.clear()
             os.environ.update(environment)
             os.chdir(folder)
-            if leads:
-                lead_session()
+            exec(first, {})
             return list(code)
         os.waitpid(middle, 0)
         connection.sendall(_receive(ours, 4))
@@ -231,15 +233,16 @@ class Zygote:
         theirs.close()
         self.launcher = Launcher(mine)
 
-    def start(self, log: Path, code: str, *arguments: str) -> Job:
-        """Run `python -c CODE ARGUMENTS`, its output in `log`."""
+    def start(self, log: Path, code: str, *arguments: str, first: str = "") -> Job:
+        """Run `python -c CODE ARGUMENTS`, its output in `log`; `first` as in `Launcher.launch`."""
         with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
             descriptors = {0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()}
             try:
-                return Job(self.launcher.launch([code, *arguments], descriptors, os.environ | FAST, leads=True))
+                pid = self.launcher.launch([code, *arguments], descriptors, os.environ | FAST, _LEAD + first)
             except (EOFError, OSError) as error:
                 self.output.seek(0)
                 raise AssertionError(f"the zygote has ended:\n{self.output.read().decode()}") from error
+        return Job(pid)
 
     def stop(self) -> None:
         """End it; the jobs it started live on."""
