@@ -41,11 +41,10 @@ class CPULinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        rows = x.reshape(-1, x.shape[-1])
-        outputs = [weight.linear(rows) for weight in self.intake.weights]
+        rows, weights = x.reshape(-1, x.shape[-1]), self.intake.weights
+        biases = [None] * len(weights) if bias is None else torch.split(bias, [one.rows for one in weights])
+        outputs = [weight.linear(rows, own) for weight, own in zip(weights, biases, strict=True)]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        if bias is not None:
-            output = output + bias
         return output.reshape(*x.shape[:-1], -1)
 
 

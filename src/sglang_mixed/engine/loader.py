@@ -113,6 +113,17 @@ def get_model_loader(original: Callable[..., Any], load_config: Any, *args: Any,
     return original(load_config, *args, **kwargs)
 
 
+def get_model_architecture(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hook around SGLang's choice of the model class, which sends Mixtral in a method it does not know to old code."""
+    if model_config.quantization != "mixed_precision":
+        return original(model_config, *args, **kwargs)
+    model_config.quantization = "fp8"
+    try:
+        return original(model_config, *args, **kwargs)
+    finally:
+        model_config.quantization = "mixed_precision"
+
+
 def update_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """Hook around the worker's weight updates: a mixed model refuses them and goes on serving."""
     if state.proof is None:

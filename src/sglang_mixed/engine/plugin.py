@@ -20,6 +20,7 @@ def register() -> None:
         f"{arguments_path}.add_cli_args": arguments.add_cli_args,
         f"{arguments_path}.from_cli_args": arguments.from_cli_args,
         "sglang.srt.model_loader.loader.get_model_loader": loader.get_model_loader,
+        "sglang.srt.model_loader.utils.get_model_architecture": loader.get_model_architecture,
         f"{worker_path}.update_weights_from_disk": loader.update_weights,
         f"{worker_path}.update_weights_from_distributed": loader.update_weights,
         f"{worker_path}.update_weights_from_tensor": loader.update_weights,

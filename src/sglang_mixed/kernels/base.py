@@ -2,7 +2,7 @@
 
 A kernel keeps *resident* tensors: the checkpoint's own bytes, at most in another order, so that `unpack(pack(t)) == t`
 byte for byte and a hash of the file can be checked against memory. Nothing else of a weight outlives a call.
-`bias` is the caller's: kernels neither keep nor add it.
+`bias` is the caller's: kernels do not keep it, and some add it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class LinearKernel(Protocol):
     """One way to run weights of some formats. Implementations are stateless."""
 
     name: str
+    #: Whether `linear` takes a bias [out] as a fourth argument, added before the one rounding to x's dtype.
+    takes_bias: bool
 
     def takes(self, format: ModuleFormat) -> bool:
         """Whether it can run weights of this format, parameters and shape [out, in]."""
@@ -46,8 +48,10 @@ class LinearKernel(Protocol):
         """Resident tensors -> checkpoint tensors, byte for byte, without `bias`."""
         ...
 
-    def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
-        """x [rows, in] (bf16, fp16 or fp32) -> [rows, out] in x's dtype."""
+    def linear(
+        self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat, *bias: torch.Tensor
+    ) -> torch.Tensor:
+        """x [rows, in] (bf16, fp16 or fp32) -> [rows, out] in x's dtype; `bias` only where it takes one."""
         ...
 
 

@@ -27,6 +27,7 @@ class Chunked(FileLayout):
     """Every registered format, in the file's own layout but for what the parameters imply."""
 
     name = "chunked"
+    takes_bias = True
 
     def takes(self, format: ModuleFormat) -> bool:
         """Everything."""
@@ -47,7 +48,13 @@ class Chunked(FileLayout):
         """The same tensors, and the implied ones."""
         return {**resident, **implied(format)}
 
-    def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        resident: Mapping[str, torch.Tensor],
+        format: ModuleFormat,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Dequantize in chunks of rows that end where the packed units of every tensor end."""
         if len(format.shape) != 2:
             raise UnsupportedError(f"a weight of shape {list(format.shape)} is not a linear layer's", rule="[out, in]")
@@ -67,7 +74,7 @@ class Chunked(FileLayout):
             target.copy_(reference.dequantize(part, format.parameters, dtype))
 
         strip = math.ceil(CHUNK_VALUES / format.shape[1] / unit) * unit
-        return linear_by_panels(x, format.shape, decode, strip)
+        return linear_by_panels(x, format.shape, decode, strip, bias)
 
 
 class Small(Chunked):

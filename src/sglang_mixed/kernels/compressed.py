@@ -77,12 +77,20 @@ class CompressedWeight:
             self.kernel, self.resident = pack(tensors, self.format)
             self._pending, self._stacked = [], {}
 
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] -> [rows, out]."""
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [rows, in] -> [rows, out], plus a bias [out]."""
         if any(self._pad):
             x = F.pad(x, self._pad)
+        if bias is not None and self._trim is None and self.kernel.takes_bias:
+            return self.kernel.linear(x, self.resident, self.format, bias)
         y = self.kernel.linear(x, self.resident, self.format)
-        return y if self._trim is None else y[:, slice(*self._trim)]
+        y = y if self._trim is None else y[:, slice(*self._trim)]
+        return y if bias is None else y + bias
+
+    @property
+    def rows(self) -> int:
+        """Rows of the product."""
+        return self.format.shape[0] if self._trim is None else self._trim[1] - self._trim[0]
 
     def restore(self) -> dict[str, torch.Tensor]:
         """Full checkpoint name -> tensor, byte for byte as the files hold them."""

@@ -30,11 +30,14 @@ def moe(
     experts: Sequence[Expert],
     activation: str = "silu",
 ) -> torch.Tensor:
-    """x [rows, hidden], ids and weights [rows, k] -> [rows, hidden]; id -1 is skipped, sums are in float32."""
+    """x [rows, hidden], ids and weights [rows, k] -> [rows, hidden]; id -1 is skipped.
+
+    Products with the router's weights are in their dtype, as in SGLang, sums in float32.
+    """
     activate, ids = ACTIVATIONS[activation], topk_ids.flatten()
     y = torch.zeros(x.shape, dtype=torch.float32)
     order = torch.argsort(ids, stable=True)
-    rows, factors = order // topk_ids.shape[1], topk_weights.flatten()[order].float().unsqueeze(1)
+    rows, factors = order // topk_ids.shape[1], topk_weights.flatten()[order].unsqueeze(1)
     active, counts = torch.unique_consecutive(ids[order], return_counts=True)
     start = 0
     for index, count in zip(active.tolist(), counts.tolist(), strict=True):
@@ -42,7 +45,7 @@ def moe(
         start += count
         if index >= 0:
             gate, up = _halves(experts[index].gate_up, x[own])
-            y.index_add_(0, own, experts[index].down(activate(gate).mul_(up)).float().mul_(factor))
+            y.index_add_(0, own, experts[index].down(activate(gate).mul_(up)).to(factor.dtype).mul_(factor).float())
     return y.to(x.dtype)
 
 

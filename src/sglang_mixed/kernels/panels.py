@@ -20,7 +20,9 @@ STRIP_VALUES = 1 << 17
 Decode = Callable[[int, int, torch.Tensor], object]
 
 
-def linear_by_panels(x: torch.Tensor, shape: Shape, decode: Decode, strip: int = 0) -> torch.Tensor:
+def linear_by_panels(
+    x: torch.Tensor, shape: Shape, decode: Decode, strip: int = 0, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """x [rows, in] times W [out, in] as `decode` gives it -> [rows, out] in x's dtype.
 
     A bf16 x meets a bf16 W; any other runs in float32. `strip` rows are decoded at once (0: as many as fit the cache).
@@ -34,7 +36,8 @@ def linear_by_panels(x: torch.Tensor, shape: Shape, decode: Decode, strip: int =
     for start, stop in spans(0, out_features, height):
         for low, high in spans(start, stop, strip):
             decode(low, high, panel[low - start : high - start])
-        y[:, start:stop] = F.linear(x_cast, panel[: stop - start])
+        own = None if bias is None else bias[start:stop].to(dtype)
+        y[:, start:stop] = F.linear(x_cast, panel[: stop - start], own)
     return y
 
 
