@@ -84,7 +84,6 @@ VARIANTS: Table = {
     "autoround-own-nvfp4": ("autoround", {"scheme": "NVFP4", "iters": 0, "format": "auto_round"}),
     "autoround-mxfp4": ("autoround", {"scheme": "MXFP4", "iters": 0, "format": "llm_compressor"}),
     "autoround-own-mxfp4": ("autoround", {"scheme": "MXFP4", "iters": 0, "format": "auto_round"}),
-    "gptqmodel-awq": gptqmodel(quant_method="awq", format="gemm"),
     "llmcompressor-w4a16": llmcompressor("W4A16"),
     "llmcompressor-w4a16-asym": llmcompressor("W4A16_ASYM"),
     "llmcompressor-w4a16-channel": llmcompressor("W4A16", weights={"strategy": "channel", "group_size": None}),

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from common import arguments, calibration_ids, finish, quantization_config, report
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear, dequantize_gemm
 from gptqmodel.quantization.config import FP8Config
 from transformers import AutoTokenizer
 
@@ -36,9 +35,6 @@ def dequantized(out: Path) -> dict[str, torch.Tensor]:
             if hasattr(module, "scales"):
                 module.scales = module.scales.float()
             result[name] = module.dequantize_weight().T.float().contiguous()
-        elif isinstance(module, AwqTorchLinear):
-            packed = module.qweight, module.qzeros, module.scales.float()
-            result[name] = dequantize_gemm(*packed, module.bits, module.group_size).T.contiguous()
     return result
 
 

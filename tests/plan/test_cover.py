@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sglang_mixed.errors import CoverageError, InconsistentFormatError, IndexFileError, ShapeError, UnknownFormatError
+from sglang_mixed.errors import (
+    CoverageError,
+    FormatError,
+    InconsistentFormatError,
+    IndexFileError,
+    ShapeError,
+    UnknownFormatError,
+)
 
 from ..models import Tensors, write
 from .conftest import Mapped
@@ -131,3 +139,77 @@ def test_a_shard_with_as_many_weights_of_another_model(mapped: Mapped, tmp_path:
     with pytest.raises(IndexFileError) as caught:
         mapped({"**.experts.**": "fp8"}, fp8=broken)
     assert ".layers.7." in str(caught.value.tensor)
+
+
+def with_cache_scales(tensors: Tensors) -> None:
+    """As compressed-tensors names them in one layer, and ModelOpt in the other."""
+    for local in ("k_scale", "v_scale"):
+        tensors[f"model.layers.0.self_attn.{local}"] = torch.ones(1)
+        tensors[f"model.layers.1.self_attn.{local[0]}_proj.{local}"] = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("source", ["bf16", "fp8"])
+def test_scales_of_the_key_value_cache_are_no_weights(mapped: Mapped, tmp_path: Path, source: str) -> None:
+    changed = write(tmp_path / "scaled", source, change=with_cache_scales)
+    plan = mapped({"**.self_attn.*_proj": "fp8"}, **{source: changed})
+    assert "model.layers.0.self_attn" not in plan.modules
+    assert set(plan.modules["model.layers.1.self_attn.k_proj"].tensors) == {"weight", "weight_scale_inv"}
+    assert plan.weight_bytes() == mapped({"**.self_attn.*_proj": "fp8"}).weight_bytes()
+    (said,) = (warning for warning in plan.warnings if "key-value cache" in warning)
+    assert ("model.layers.0.self_attn" in said) == (source == "bf16")
+    assert ("model.layers.1.self_attn.k_proj" in said) == (source == "fp8")
+
+
+ORIGIN = "model.layers.1.self_attn.q_proj"
+
+
+def with_random_codes(offset: int, symmetric: bool) -> Callable[[Tensors], None]:
+    """q_proj of layer 1 as AutoRound packs a weight: near the original, its zero points stored less `offset`."""
+
+    def change(tensors: Tensors) -> None:
+        original = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+        low = torch.full((64, 2), -2.0) if symmetric else original.view(64, 2, 32).amin(2)
+        step = torch.full((64, 2), 0.25) if symmetric else (original.view(64, 2, 32).amax(2) - low) / 15
+        zeros = torch.round(-low / step)
+        codes = torch.round(original.view(64, 2, 32) / step[..., None] + zeros[..., None]).clamp(0, 15)
+        place = 4 * torch.arange(8)
+        words = (codes.view(64, 8, 8).long() << place).sum(2).to(torch.int32).T
+        stored = ((zeros.long() - offset).T.reshape(2, 8, 8) << place).sum(2).to(torch.int32)
+        tensors |= {
+            f"{ORIGIN}.qweight": words,
+            f"{ORIGIN}.qzeros": stored,
+            f"{ORIGIN}.scales": step.T.to(torch.float16),
+        }
+
+    return change
+
+
+def with_original(tensors: Tensors) -> None:
+    tensors[f"{ORIGIN}.weight"] = torch.randn(64, 64, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+
+
+def autoround(symmetric: bool) -> dict[str, object]:
+    return {"quant_method": "auto-round", "packing_format": "auto_round", "bits": 4, "group_size": 32, "sym": symmetric}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_zero_points_are_read_as_the_original_shows(
+    mapped: Mapped, tmp_path: Path, offset: int, symmetric: bool
+) -> None:
+    base = write(tmp_path / "original", change=with_original)
+    config = autoround(symmetric)
+    change = with_random_codes(offset, symmetric)
+    packed = write(tmp_path / "packed", "gptq", change=change, quantization_config=config)
+    found = mapped({ORIGIN: "gptq"}, bf16=base, gptq=packed).modules[ORIGIN].format.parameters
+    assert (found.zero_offset, found.zero_offset_known) == (offset, True)
+
+
+def test_zero_points_that_nothing_shows_are_refused(mapped: Mapped, tmp_path: Path) -> None:
+    config, change = autoround(False), with_random_codes(1, False)
+    packed = write(tmp_path / "packed", "gptq", change=change, quantization_config=config)
+    with pytest.raises(FormatError, match=r"(?s)does not tell whether zero points.*16-bit original") as caught:
+        mapped({}, "gptq", gptq=packed)
+    assert caught.value.file == str(packed / "model.safetensors") and str(caught.value.tensor).endswith("qzeros")
+    with pytest.raises(FormatError, match="far from the original"):
+        mapped({ORIGIN: "gptq"}, gptq=packed)

@@ -126,6 +126,13 @@ class WeightFormat(Protocol):
         ...
 
 
+def weight_tensors(tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """A module's tensors without the scales of a key-value cache; all of them where there is nothing else."""
+    if CACHE_SCALES.isdisjoint(tensors):
+        return tensors
+    return {name: info for name, info in tensors.items() if name not in CACHE_SCALES} or tensors
+
+
 def tensor_bytes(info: TensorInfo) -> int:
     """Bytes of one stored tensor."""
     return math.prod(info.shape) * ITEM_BYTES[info.dtype]

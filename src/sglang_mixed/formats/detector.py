@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InconsistentFormatError, UnknownFormatError
-from .base import CACHE_SCALES, ModuleFormat, TensorInfo
+from .base import ModuleFormat, TensorInfo, weight_tensors
 from .recognise import recognise
 from .rules import Rules
 
@@ -24,8 +24,9 @@ class Detector:
         key = rule, tuple(tensors.items())
         found = self._found.get(key)
         if found is None:
-            weight = {name: info for name, info in tensors.items() if name not in CACHE_SCALES} or tensors
-            found = self._found[key] = _detect(module, weight, self._rules.configs[rule], self._rules.configs[0])
+            found = self._found[key] = _detect(
+                module, weight_tensors(tensors), self._rules.configs[rule], self._rules.configs[0]
+            )
         return found
 
 

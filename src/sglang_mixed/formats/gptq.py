@@ -93,7 +93,7 @@ class GPTQ:
         """(q - zero) x scale in float32; a v1 zero point may be 2**bits, it does not wrap to 0."""
         codes = unpack(tensors["qweight"], parameters.bits)
         scales = tensors["scales"].to(torch.float32)
-        zeros = unpack(tensors["qzeros"].T, parameters.bits).T[:, : scales.shape[1]]
+        zeros = unpack(tensors["qzeros"], parameters.bits, 1)[:, : scales.shape[1]]
         known = parameters.zero_offset_known
         zeros = zeros.to(torch.int16) + (
             parameters.zero_offset if known else zero_offset_from(None, tensors, parameters)
@@ -158,7 +158,7 @@ def zero_offset_from(
     the weight [rows, in] before it was quantized (the first rows suffice). Raises FormatError where neither shows it.
     """
     rows, middle = tensors["scales"].shape[1], 1 << (parameters.bits - 1)
-    stored = unpack(tensors["qzeros"].T, parameters.bits)[:rows]
+    stored = unpack(tensors["qzeros"], parameters.bits, 1)[:, :rows]
     if parameters.symmetric:
         offsets = [offset for offset in (0, 1) if bool((stored == middle - offset).all())]
         return (

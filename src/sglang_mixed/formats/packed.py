@@ -101,7 +101,7 @@ class Packed:
         """(code - zero) x scale in float32."""
         p, scales = parameters, tensors["weight_scale"].to(torch.float32)
         columns = int(tensors["weight_shape"][1])
-        codes = unpack(tensors["weight_packed"].T, p.bits).T
+        codes = unpack(tensors["weight_packed"], p.bits, 1)
         if columns != codes.shape[1]:
             raise _not_whole_words(columns, codes.shape[1], p.bits)
         codes, zeros = codes.to(torch.int16), _zero_points(tensors.get("weight_zero_point"), p, scales)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 from ..checkpoint import Checkpoint
 from ..errors import CoverageError, FormatError, ShapeError
 from ..formats import ModuleFormat, TensorInfo
+from ..formats.base import CACHE_SCALES, weight_tensors
+from ..formats.gptq import zero_offset_from
 from .fold import fold
 from .plan import PlannedModule
 from .resolve import Assignment
@@ -20,6 +23,7 @@ class Verdict(NamedTuple):
     tensors: tuple[str, ...]
     bias: str | None
     has_needless_bias: bool
+    has_cache_scales: bool
 
 
 def cover(
@@ -32,7 +36,12 @@ def cover(
     needless: list[str] = []
     verdicts: dict[tuple[str, int, int, int, int], Verdict] = {}
     base_kinds = base.modules.kinds
+    cached = {kind for kind, tensors in enumerate(base.modules.tensors_of_kinds) if tensors.keys() <= CACHE_SCALES}
+    cache_scales: list[str] = []
     for module, rule in assignment.rules.items():
+        if base_kinds[module] in cached:
+            cache_scales.append(module)
+            continue
         source = assignment.default if rule is None else rule.source
         checkpoint = checkpoints[source]
         kind = checkpoint.modules.kinds.get(module)
@@ -47,10 +56,12 @@ def cover(
         if verdict.has_needless_bias:
             _require_zero_bias(module, checkpoint)
             needless.append(module)
+        if verdict.has_cache_scales:
+            cache_scales.append(module)
         planned[module] = PlannedModule(module, source, verdict.format, verdict.tensors, verdict.bias)
     if missing:
         _refuse_missing(missing, checkpoints, assignment)
-    return planned, _warn_needless(needless)
+    return planned, [*_warn_needless(needless), *_warn_cache_scales(cache_scales)]
 
 
 def _judge(
@@ -58,7 +69,8 @@ def _judge(
 ) -> Verdict:
     checkpoint, base = checkpoints[source], checkpoints[reference]
     found, expected = _format(checkpoint, module), _format(base, module)
-    tensors, base_tensors = checkpoint.modules[module], base.modules[module]
+    tensors, base_tensors = weight_tensors(checkpoint.modules[module]), weight_tensors(base.modules[module])
+    has_cache_scales = len(tensors) < len(checkpoint.modules[module])
     needless = "bias" in tensors and "bias" not in base_tensors
     if needless:
         tensors = {local: info for local, info in tensors.items() if local != "bias"}
@@ -67,7 +79,25 @@ def _judge(
         _refuse_shape(module, found, expected, checkpoint, source, reference)
     _check_parts(module, base_tensors, expected, tensors, checkpoint, assignment)
     bias = tensors.get("bias") if len(tensors) > 1 else None
-    return Verdict(found, tuple(tensors), bias.dtype if bias else None, needless)
+    found = _with_zero_offset(module, found, checkpoint, checkpoints.values())
+    return Verdict(found, tuple(tensors), bias.dtype if bias else None, needless, has_cache_scales)
+
+
+def _with_zero_offset(
+    module: str, found: ModuleFormat, checkpoint: Checkpoint, others: Iterable[Checkpoint]
+) -> ModuleFormat:
+    """Where the config is no proof of how zero points are stored, the tensors and a 16-bit source are."""
+    if getattr(found.parameters, "zero_offset_known", True):
+        return found
+    originals = (other for other in others if module in other.modules and other.format(module).name == "plain")
+    original = None if found.parameters.symmetric else next(originals, None)
+    reference = original.dequantize(module) if original else None
+    try:
+        offset = zero_offset_from(reference, checkpoint.read(module), found.parameters)
+    except FormatError as error:
+        error.file, error.tensor = str(checkpoint.file_of(module)), f"{module}.{error.tensor}"
+        raise
+    return replace(found, parameters=replace(found.parameters, zero_offset=offset, zero_offset_known=True))
 
 
 def _format(checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo] | None = None) -> ModuleFormat:
@@ -151,3 +181,10 @@ def _warn_needless(modules: list[str]) -> list[str]:
         return []
     patterns = ", ".join(fold(modules)[:4])
     return [f"{len(modules)} modules have a bias of zeros that the base model does not: it is not loaded ({patterns})"]
+
+
+def _warn_cache_scales(modules: list[str]) -> list[str]:
+    if not modules:
+        return []
+    patterns = ", ".join(fold(modules)[:4])
+    return [f"scales of a quantized key-value cache stand beside {len(modules)} modules: not loaded ({patterns})"]
