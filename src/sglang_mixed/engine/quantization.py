@@ -38,6 +38,15 @@ class MixedPrecisionQuantization(QuantizationConfig):
             return None
         return StockMethods(self._loading.plan, self.packed_modules_mapping)
 
+    @cached_property
+    def _parents(self) -> set[str]:
+        return {name.rpartition(".")[0] for name in self._planned}
+
+    def _checkpoint_name(self, prefix: str) -> str:
+        """SGLang's Mixtral leaves out the `model.` of its layers' names."""
+        is_known = any(parent.startswith(prefix.rpartition(".")[0]) for parent in self._parents)
+        return prefix if is_known else f"model.{prefix}"
+
     @property
     def _planned(self) -> Mapping[str, PlannedModule]:
         return self._loading.plan.plan.modules
@@ -78,6 +87,7 @@ class MixedPrecisionQuantization(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """SGLang's method for this layer; None leaves SGLang's default."""
+        prefix = self._checkpoint_name(prefix)
         if isinstance(layer, FusedMoE):
             return self._moe_method(layer, prefix)
         if isinstance(layer, LinearBase):
