@@ -37,7 +37,7 @@ def init_threads_binding(original: Callable[..., None], runner: Any) -> None:
     arguments = runner.server_args
     _shares[:] = share_cores(sorted(os.sched_getaffinity(0)), ranks_on_host(arguments))
     if arguments.nnodes > 1:
-        choose_interface(arguments.dist_init_addr)
+        use_route_to(arguments.dist_init_addr)
     if os.environ.get(BINDING, "all") != "all":
         original(runner)
         cores = parse_cores(runner.local_omp_cpuid)
@@ -79,18 +79,18 @@ def get_cpu_ids_by_node(original: Callable[..., list[str]]) -> list[str]:
     return list(_shares) or [",".join(map(str, sorted(os.sched_getaffinity(0))))]
 
 
-def choose_interface(address: str) -> None:
-    """Let gloo listen where the first node can be reached: it looks up the host's name, often a loopback address."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
+def use_route_to(address: str) -> None:
+    """Have ranks listen where the first node reaches them: by itself gloo takes what the host's name resolves to."""
     host, _, port = address.rpartition(":")
     family, kind, *_, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(target)  # sends nothing: it only picks a route
         own = probe.getsockname()[0]
+    if "HOST_IP" not in os.environ:
+        os.environ.setdefault("SGLANG_HOST_IP", own)
     for interface, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == own for one in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def init_group(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

@@ -21,6 +21,7 @@ from .latent import derive_latent_weights
 from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
+from .ranks import agree_on_plan
 from .stock import StockParameters
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         """Build the model, fill it from the plan, and start the proof."""
         started = time.perf_counter()
+        agree_on_plan(self._request.fingerprint)
         plan = self._request.rebuild_plan().rank(this_rank())
         ledger = Ledger()
         self._stock = StockParameters(plan, ledger)

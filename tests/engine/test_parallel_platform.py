@@ -1,0 +1,213 @@
+"""Ranks on the CPU platform give one rank's answers (TP, EP, DP, tokenizer workers, two hosts), and end together."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sglang_mixed.engine.cpu_parallel import parse_cores, ranks_on_host, share_cores, use_route_to
+
+from .comparison import REQUEST, differing_tokens, largest_difference
+from .hosts import TwoHosts
+from .launch import FLAGS, RUN_SCRIPT, TINY, Engine, Server, free_port, http, zygote
+from .zygote import Job
+
+# In BF16 a sum of two ranks' parts is rounded otherwise than one rank's: float32 shows whether they are the same sum.
+EXACT = ("--dtype", "float32")
+TOLERANCE = 1e-4
+
+
+def mix(name: str) -> tuple[str, ...]:
+    return "--enable-mixed-precision", "--mixed-precision-config", str(TINY / name)
+
+
+MIX = mix("map.yaml")
+
+
+@pytest.fixture(scope="module")
+def one_rank(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    log = tmp_path_factory.mktemp("one") / "log"
+    engine = Engine(log, TINY / "bf16", {"input_ids": prompts, **REQUEST}, dtype="float32")
+    answers: list[dict[str, Any]] = engine.result()["answers"][0]
+    return answers
+
+
+@contextlib.contextmanager
+def serving(log: Path, *flags: str) -> Iterator[Server]:
+    server = Server(log, "--model-path", TINY / "bf16", *flags, fresh=False)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--tp-size 2 --enable-ep-moe", "--tp-size 2 --dp-size 2"],
+    ids=["tp2-ep2", "tp2-dp2"],
+)
+def test_stock_sglang_answers_alike_on_every_layout(
+    flags: str, one_rank: list[dict[str, Any]], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    with serving(tmp_path / "log", *flags.split(), *EXACT) as server:
+        answers = server.wait().generate(prompts, **REQUEST)
+    assert largest_difference(answers, one_rank) <= TOLERANCE
+    assert differing_tokens(answers, one_rank) == []
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("two") / "log"
+    with serving(log, *MIX, "--tp-size", "2", "--tokenizer-worker-num", "2") as server:
+        yield server.wait()
+
+
+def test_every_tokenizer_worker_reports_every_rank(two_ranks: Server) -> None:
+    def settled(report: dict[str, Any]) -> bool:
+        return all(rank["verification"]["state"] != "running" for rank in report["tensor_parallel_ranks"])
+
+    while not settled(http(f"{two_ranks.url}/mixed_precision?modules=false")):
+        time.sleep(0.1)
+    # Each request is a new connection, which either worker may take.
+    for _ in range(20):
+        report = http(f"{two_ranks.url}/mixed_precision")
+        assert len(report.pop("modules")) == report["verification"]["modules"]
+        ranks = report.pop("tensor_parallel_ranks")
+        assert ranks[0] == report
+        assert [rank["rank"]["number"] for rank in ranks] == [0, 1]
+        assert {rank["verification"]["state"] for rank in ranks} == {"verified"}
+
+
+def test_a_mix_on_two_ranks_answers_a_request(two_ranks: Server, prompts: list[list[int]]) -> None:
+    assert all(len(answer["output_ids"]) == 8 for answer in two_ranks.generate(prompts, **REQUEST))
+
+
+def node(log: Path, rank: int, address: str, *flags: str, first: str = "") -> Job:
+    """One of two nodes that share a model."""
+    nodes = ("--nnodes", "2", "--node-rank", str(rank), "--dist-init-addr", address, "--tp-size", "2")
+    arguments = ("sglang", "serve", "--model-path", str(TINY / "bf16"), *nodes, *flags, *FLAGS)
+    return zygote().start(log, RUN_SCRIPT, *arguments, "--skip-server-warmup", first=first)
+
+
+def test_two_hosts_serve_one_model(one_rank: list[dict[str, Any]], prompts: list[list[int]], tmp_path: Path) -> None:
+    # A map with one BF16 source: the weights are those of stock SGLang, and every rank reports.
+    described = tmp_path / "map.yaml"
+    described.write_text(f"mixed_precision: {{bf16_path: {TINY / 'bf16'}}}")
+    with contextlib.ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(TwoHosts())
+        except OSError as error:
+            pytest.skip(f"two hosts need network namespaces, which need root and iproute2: {error}")
+        logs = [tmp_path / "0.log", tmp_path / "1.log"]
+        for rank, host in enumerate(hosts):
+            flags = ("--host", host.address, *mix(str(described)), *EXACT)
+            job = node(logs[rank], rank, f"{hosts[0].address}:30100", *flags, first=host.enter)
+            stack.callback(job.kill)
+        url = f"http://{hosts[0].address}:30000"
+        answers = hosts[0].run(lambda: ask(logs, url, {"input_ids": prompts, **REQUEST}))
+        report = hosts[0].run(lambda: http(f"{url}/mixed_precision?modules=false"))
+    assert largest_difference(answers, one_rank) <= TOLERANCE
+    assert differing_tokens(answers, one_rank) == []
+    assert [rank["rank"]["number"] for rank in report["tensor_parallel_ranks"]] == [0, 1]
+
+
+def ask(logs: list[Path], url: str, request: dict[str, Any]) -> Any:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            http(f"{url}/model_info")
+            return http(f"{url}/generate", request)
+        time.sleep(0.1)
+    raise AssertionError("no answer\n" + "\n".join(log.read_text() for log in logs))
+
+
+def test_nodes_with_different_maps_end_with_our_message(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    jobs = [
+        node(tmp_path / f"{rank}.log", rank, address, "--port", str(free_port()), *mix(name))
+        for rank, name in enumerate(["map.yaml", "int4.yaml"])
+    ]
+    for rank, job in enumerate(jobs):
+        assert_all_ended(job)
+        assert "the ranks do not have one plan" in (tmp_path / f"{rank}.log").read_text()
+
+
+def test_a_rank_that_is_killed_while_it_loads_ends_the_server(tmp_path: Path) -> None:
+    job = Server(tmp_path / "log", "--model-path", TINY / "bf16", *MIX, "--tp-size", "2", fresh=False).job
+    children: list[psutil.Process] = []
+    while len(children) < 4:
+        assert job.poll() is None, (tmp_path / "log").read_text()
+        children = sorted(psutil.Process(job.pid).children(), key=lambda child: child.pid)
+        time.sleep(0.01)
+    # In the order of their start: the fork that starts the others, multiprocessing's resource tracker, the two ranks.
+    children[3].send_signal(signal.SIGKILL)
+    assert_all_ended(job)
+    assert "Rank 1 scheduler died" in (tmp_path / "log").read_text()
+
+
+def assert_all_ended(job: Job) -> None:
+    try:
+        assert job.wait(120) != 0
+        deadline = time.monotonic() + 20
+        while (left := [one for one in psutil.process_iter() if is_left(one, job)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left == []
+    finally:
+        job.kill()
+
+
+def is_left(process: psutil.Process, job: Job) -> bool:
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+        return os.getsid(process.pid) == job.pid and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "shares"),
+    [
+        (range(8), 1, ["0,1,2,3,4,5,6,7"]),
+        (range(8), 2, ["0,1,2,3", "4,5,6,7"]),
+        (range(7), 3, ["0,1", "2,3", "4,5,6"]),
+        ([4, 6], 4, ["4", "6", "4", "6"]),
+    ],
+)
+def test_every_rank_has_a_share_of_the_cores(cores: Iterable[int], ranks: int, shares: list[str]) -> None:
+    assert share_cores(list(cores), ranks) == shares
+
+
+def test_the_operators_cores_are_read_as_sglang_writes_them() -> None:
+    assert parse_cores("0-2,5") == {0, 1, 2, 5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [
+        ({}, 1),
+        ({"tp_size": 4, "dp_size": 2}, 8),
+        ({"tp_size": 4, "nnodes": 2}, 2),
+        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, 4),
+    ],
+)
+def test_ranks_of_one_host(arguments: dict[str, Any], ranks: int) -> None:
+    defaults = {"tp_size": 1, "dp_size": 1, "pp_size": 1, "nnodes": 1, "enable_dp_attention": False}
+    assert ranks_on_host(argparse.Namespace(**defaults | arguments)) == ranks
+
+
+def test_ranks_listen_on_the_interface_that_leads_to_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "SGLANG_HOST_IP", "HOST_IP"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    use_route_to("127.0.0.1:5000")
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["SGLANG_HOST_IP"]) == ("lo", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen0")
+    use_route_to("127.0.0.1:5000")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen0"
