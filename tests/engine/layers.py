@@ -92,18 +92,29 @@ def write_experts(folder: Path, writer: str, *, intermediate: int, experts: int 
             rows, columns = found.pop(name).shape
             packed = {**WRITERS, **UNSUPPORTED}[writer](rng, rows, columns)
             described["quantization_config"] = packed.config
-            found |= {name.removesuffix("weight") + local: tensor for local, tensor in packed.tensors.items()}
+            found |= {name.removesuffix("weight") + local: tensor for local, tensor in _of_one_size(packed).items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(described))
     models.save(folder, found)
     return folder
 
 
+def _of_one_size(packed: packers.Packed) -> models.Tensors:
+    """The tensors with scales that give weights a standard deviation of 0.1: one format must not hide another."""
+    factor = 0.1 / packed.reference.std()
+    if "weight_scale_semantics" in packed.config:  # its scales divide
+        factor = 1 / factor
+    return {
+        local: tensor * factor if local in ("scales", "weight_scale", "weight_scale_inv") else tensor
+        for local, tensor in packed.tensors.items()
+    }
+
+
 def _plain_tensors(experts: int, intermediate: int) -> models.Tensors:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+        return (0.1 * torch.randn(*shape, generator=generator)).to(torch.bfloat16)
 
     layer = "model.layers.0"
     shapes: dict[str, tuple[int, ...]] = {
