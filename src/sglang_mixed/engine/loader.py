@@ -81,6 +81,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
 
         def load_and_check(weights: Any) -> None:
             load_weights(weights)
+            self._stock.adopt(model)
             self._check_filled()
 
         model.load_weights = load_and_check

@@ -10,9 +10,8 @@ def register() -> None:
     from sglang.srt.layers.quantization import QUANTIZATION_METHODS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import arguments, cpu_logits, cpu_ops, cpu_parallel, loader, routes
+    from . import arguments, cpu_logits, cpu_ops, cpu_parallel, loader, quantization, routes
     from .cpu_platform import runs_on_torch_cpu
-    from .quantization import NAME, MixedPrecisionQuantization
 
     arguments_path = "sglang.srt.server_args.ServerArgs"
     worker_path = "sglang.srt.managers.tp_worker.BaseTpWorker"
@@ -26,6 +25,7 @@ def register() -> None:
         f"{worker_path}.update_weights_from_tensor": loader.update_weights,
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state": routes.get_internal_state,
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": routes.launch_subprocesses,
+        "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
         "uvicorn.run": routes.run_uvicorn,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)
@@ -38,4 +38,4 @@ def register() -> None:
     # First in the table: SGLang lets the first method that claims a checkpoint's config have it.
     others = dict(QUANTIZATION_METHODS)
     QUANTIZATION_METHODS.clear()
-    QUANTIZATION_METHODS.update({NAME: MixedPrecisionQuantization, **others})
+    QUANTIZATION_METHODS.update({quantization.NAME: quantization.MixedPrecisionQuantization, **others})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import CoverageError, UnsupportedError
 from ..plan import PlannedModule
 from . import state
 from .cpu_platform import runs_on_torch_cpu
+from .fused_experts import FusedExpertsMethod
 from .linear import CPULinearMethod
 from .moe import CPUMoEMethod
 from .names import expert_modules, fused_parts
@@ -107,10 +108,22 @@ class MixedPrecisionQuantization(QuantizationConfig):
         return self._stock.linear(layer, prefix, parts)
 
     def _moe_method(self, layer: FusedMoE, prefix: str) -> QuantizeMethodBase | None:
+        if prefix in self._planned:
+            return self._fused_moe_method(self._planned[prefix])
         names = [expert_modules(prefix, index, self._planned) for index in range(layer.num_experts)]
         experts = [(self._module(gate), self._module(up), self._module(down)) for gate, up, down in names]
         local = [one for one in experts if one[0].name in self._loading.plan.parts]
         return CPUMoEMethod(prefix, local) if self._stock is None else self._stock.experts(prefix, local)
+
+    def _fused_moe_method(self, experts: PlannedModule) -> QuantizeMethodBase:
+        if self._stock is not None:
+            raise UnsupportedError(
+                "all experts of a layer are in one tensor, which is served on the CPU only",
+                tensor=experts.name,
+                remedy="take a checkpoint that holds every expert by itself",
+            )
+        loading = self._loading.plan.plan
+        return FusedExpertsMethod(experts, loading.checkpoints[loading.base].config)
 
     def _module(self, name: str) -> PlannedModule:
         try:
@@ -131,3 +144,10 @@ class MixedPrecisionQuantization(QuantizationConfig):
                 tensor=prefix,
                 remedy=f'map "{prefix}" to a source that holds it in BF16 or FP16',
             )
+
+
+def quantize_attention(original: Callable[..., None], *args: Any, quant_config: Any = None, **kwargs: Any) -> None:
+    """Hook around the constructor of GPT-OSS's attention, which its model never tells how it is quantized."""
+    if quant_config is None and state.loading is not None:
+        quant_config = MixedPrecisionQuantization()
+    original(*args, quant_config=quant_config, **kwargs)

@@ -17,10 +17,12 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from ..formats import tensor_specs
 from ..formats.base import Axis, TensorSpec
 from ..plan import RankPlan
-from .file_tensors import Converted, FileTensors, StockTensor
+from .file_tensors import Converted, FileTensors, StockTensor, file_dtype
 from .ledger import Ledger, Line
 from .names import Shard, expert_modules, fused_parts
 
+#: Local name of the tensors that GPT-OSS copies into their parameters itself.
+COPIED = "sinks"
 _PLACES: dict[Shard, int] = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1}
 
 
@@ -66,6 +68,16 @@ class StockParameters:
         """Note a tensor that the model's `load_weights` gets next."""
         self._given[tensor.untyped_storage().data_ptr()] = self._latest = name
         self.given.append(name)
+
+    def adopt(self, model: torch.nn.Module) -> None:
+        """Note what the model copied without asking a loader; the proof compares it like all else."""
+        parameters = dict(model.named_parameters())
+        for name in self.given:
+            module, _, local = name.rpartition(".")
+            if local == COPIED and name in parameters and name not in self.tensors:
+                self._ledger.arrive(Line(module, None, None, local))
+                spec, stored = self._spec(name, parameters[name]), self._plan.plan.modules[module].format
+                self.tensors[name] = StockTensor(parameters[name], (), spec.shape, file_dtype(stored, local))
 
     def filled(self) -> None:
         """All weights have arrived, and no kernel has repacked them yet: note what is padding."""
