@@ -60,7 +60,8 @@ def dequantize(out: Path, module: str) -> torch.Tensor:
     rows = state["g_idx"].numel() if "g_idx" in state else state["qweight"].shape[0] * 32 // config["bits"]
     columns = state["qweight"].shape[1]
     group = config["group_size"] if config["group_size"] > 0 else rows
-    one_less = "gptq" in config["quant_method"] + config.get("packing_format", "")  # zero points stored as zero - 1
+    # Stored as zero - 1, so the tag says; of model-free exports it says so wrongly (see their perplexity).
+    one_less = config["quant_method"] == "gptq" or config["packing_format"] == "auto_round:auto_gptq"
     cls = QuantLinearPlusOne if one_less else QuantLinear
     layer = cls(config["bits"], group, rows, columns, bias=False, g_idx="g_idx" in state)
     layer.load_state_dict(state)

@@ -176,7 +176,11 @@ def test_a_quantization_config_of_the_wrong_kind_names_config_json(tmp_path: Pat
     assert caught.value.file == str(folder / "config.json")
 
 
-@pytest.mark.parametrize("place", ["config.json", "text_config", "quantize_config.json", "hf_quant_config.json"])
+#: File of its own -> what it says of the method without saying it.
+METHODS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+@pytest.mark.parametrize("place", ["config.json", "text_config", *METHODS])
 def test_where_quantizers_put_their_config(tmp_path: Path, place: str) -> None:
     said = {"bits": 4, "group_size": 32}
     changes = {
@@ -184,13 +188,12 @@ def test_where_quantizers_put_their_config(tmp_path: Path, place: str) -> None:
         "text_config": {"text_config": {"quantization_config": said}},
     }
     folder = write(tmp_path / "model", **changes.get(place, {}))
-    if place == "quantize_config.json":
-        (folder / place).write_text(json.dumps(said))
-    if place == "hf_quant_config.json":
-        (folder / place).write_text(json.dumps({"producer": {}, "quantization": said}))
+    if place in METHODS:
+        nested = {"producer": {}, "quantization": said}
+        (folder / place).write_text(json.dumps(nested if place == "hf_quant_config.json" else said))
     found = open_checkpoint(folder).quantization
     assert found.items() >= said.items()
-    assert found.get("quant_method") == {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}.get(place)
+    assert found.get("quant_method") == METHODS.get(place)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

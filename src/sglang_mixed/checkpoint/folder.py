@@ -17,6 +17,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_CONFIG_BYTES = 64 << 20
 MAX_INDEX_BYTES = 1 << 30
+#: Where AutoGPTQ and AutoAWQ wrote their configs before transformers knew of them.
+_OWN_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 #: Weights that a folder may hold instead, none of which is read.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.msgpack", "*.h5")
 
@@ -42,8 +44,9 @@ def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, An
         for key in ("quantization_config", "compression_config"):
             if isinstance(section, Mapping) and isinstance(section.get(key), Mapping):
                 return dict(section[key])
-    if (folder / "quantize_config.json").is_file():  # AutoGPTQ, before transformers knew of it
-        return {"quant_method": "gptq", **_read_object(folder / "quantize_config.json", MAX_CONFIG_BYTES)}
+    for name, method in _OWN_CONFIGS.items():
+        if (folder / name).is_file():
+            return {"quant_method": method, **_read_object(folder / name, MAX_CONFIG_BYTES)}
     if (folder / "hf_quant_config.json").is_file():  # ModelOpt
         quantization = _read_object(folder / "hf_quant_config.json", MAX_CONFIG_BYTES).get("quantization")
         return {"quant_method": "modelopt", **(quantization if isinstance(quantization, Mapping) else {})}

@@ -29,7 +29,7 @@ def fuse(parts: Sequence[ModuleFormat]) -> ModuleFormat | None:
         return None
     if len({(part.name, _shapeless(part.parameters)) for part in parts}) > 1:
         return None
-    if not all(_stackable(part, last=part is parts[-1]) for part in parts):
+    if not all(_stackable(part, last=number == len(parts)) for number, part in enumerate(parts, 1)):
         return None
     return ModuleFormat(first.name, _stacked_parameters(parts), (rows, first.shape[1]))
 

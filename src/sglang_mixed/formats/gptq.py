@@ -152,9 +152,9 @@ def is_gptq_layout(tensors: Mapping[str, TensorInfo]) -> bool:
 def zero_offset_from(
     reference: torch.Tensor | None, tensors: Mapping[str, torch.Tensor], parameters: GPTQParameters
 ) -> int:
-    """What to add to stored zero points, where the config does not tell: AutoRound wrote both kinds under one tag.
+    """What to add to stored zero points, where the config does not tell: AutoRound writes both kinds under one tag.
 
-    Of symmetric weights the zero points themselves show it; of others the reading that is near `reference` is right,
+    (0.15.1 under `auto_round`: its model-free exports store zero - 1, which its own loader then misreads.) Of symmetric weights the zero points themselves show it; of others the reading that is near `reference` is right,
     the weight [rows, in] before it was quantized (the first rows suffice). Raises FormatError where neither shows it.
     """
     rows, middle = tensors["scales"].shape[1], 1 << (parameters.bits - 1)

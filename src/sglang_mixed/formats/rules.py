@@ -3,6 +3,9 @@
 Exceptions are written as GPTQModel's `dynamic` ("-:regex" not quantized, "+:regex" or "regex" other parameters),
 AutoRound's `extra_config` (name or regex -> parameters), compressed-tensors' `ignore` and `config_groups.*.targets`
 (a name, "re:regex", or a class such as "Linear"). All regexes match from the name's start; the first match wins.
+
+Lists of what was left in 16 bits (`modules_to_not_convert`, `exclude_modules`, ModelOpt's `ignore`) have no rules here:
+tools match them by substring, prefix or glob, each in its own way, and the tensors of such a module tell it anyway.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 from ..errors import FormatError
 
 Config = Mapping[str, Any]
-_MAPPINGS = frozenset(("dynamic", "extra_config", "config_groups"))
+_MAPPINGS = frozenset(("dynamic", "extra_config", "config_groups", "quantized_layers"))
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys((*_MAPPINGS, "weights", "input_activations"), Mapping),
     **dict.fromkeys(("ignore", "targets", "weight_block_size"), list),
@@ -29,6 +32,7 @@ class Rules:
 
     def __init__(self, config: Config) -> None:
         _check_types(config)
+        _refuse_rotation(config)
         rules = list(_rules(config))
         #: Per index the module's own config, None for "not quantized"; 0 is the rest's.
         self.configs: list[Config | None] = [_general(config), *(effective for _, _, effective in rules)]
@@ -105,6 +109,18 @@ def _check_types(config: Any) -> None:
             raise _malformed(f"{key} is {value!r}")
         for one in config[key].values() if key in _MAPPINGS else ():
             _check_types(one)
+
+
+def _refuse_rotation(config: Config) -> None:
+    """Rotated weights (QuIP, SpinQuant) are another basis's, and engines must rotate activations for them."""
+    for key in ("transform_config", "rotation_config"):
+        rotation = config.get(key)
+        if rotation and not (isinstance(rotation, Mapping) and rotation.get("config_groups") == {}):
+            raise FormatError(
+                f"the weights are stored rotated: quantization_config has a {key}",
+                rule="sources hold the base model's weights, quantized and nothing else",
+                remedy="use a checkpoint that was quantized without transforms",
+            )
 
 
 def _malformed(what: str) -> FormatError:

@@ -69,8 +69,14 @@ def _group(group: Mapping[str, Any]) -> Scheme:
 
 
 def _modelopt(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    algorithm = str(config.get("quant_algo") or "unnamed").upper()
-    return (_ALGORITHMS.get(algorithm) or Scheme("float4" if "FP4" in algorithm else algorithm.lower()),)
+    # MIXED_PRECISION names the algorithm of each layer; the layers go by engines' names, so the tensors decide.
+    layers = (config.get("quantized_layers") or {}).values()
+    named = [layer.get("quant_algo") for layer in layers] or [config.get("quant_algo")]
+    return tuple(dict.fromkeys(_algorithm(str(name or "unnamed").upper()) for name in named))
+
+
+def _algorithm(name: str) -> Scheme:
+    return _ALGORITHMS.get(name) or Scheme("float4" if "FP4" in name else name.lower())
 
 
 #: ModelOpt's names of 8-bit algorithms; all that hold FP4 name it.
@@ -78,6 +84,7 @@ _ALGORITHMS = {
     "FP8": Scheme("float8"),
     "FP8_PER_CHANNEL_PER_TOKEN": Scheme("float8", "channel", activations="dynamic"),
     "FP8_PB_WO": Scheme("float8", "block", (128, 128), "none"),
+    "FP8_BLOCK_SCALES": Scheme("float8", "block", (128, 128), "dynamic"),
     "MXFP8": Scheme("float8", "block", (1, 32), "dynamic"),
 }
 
@@ -97,6 +104,7 @@ def _auto_round(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Scheme, ...]]] = {
     "fp8": _fp8,
+    "mxfp8": lambda config: (Scheme("float8", "block", (1, 32), "dynamic"),),
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "modelopt_fp8": _modelopt,
