@@ -71,3 +71,11 @@ def test_a_weight_shape_that_denies_the_weight_is_refused() -> None:
     modules[1].tensors["weight_shape"][0] = 31
     with pytest.raises(InconsistentFormatError, match=r"weight_shape says \[31, 128\]"):
         stack(modules, parts)
+
+
+def test_equal_parts_that_end_inside_a_block_cannot_be_stacked() -> None:
+    module = packers.eight_bit(
+        np.random.default_rng(0), (96, 64), (64, 32), (2, 2), {"quant_method": "fp8", "weight_block_size": [64, 32]}
+    )
+    part = detect("m", module.infos, module.config)
+    assert fuse([part, part, part]) is None

@@ -25,6 +25,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
         "sglang.srt.model_executor.model_runner.ModelRunner.init_threads_binding": init_threads_binding,
         "sglang.srt.utils.common.get_cpu_ids_by_node": get_cpu_ids_by_node,
         "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__": init_group,
+        "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": keep_config,
         "sglang.srt.layers.moe.fused_moe_native.moe_forward_native": moe_forward_native,
     }
 
@@ -91,6 +92,11 @@ def use_route_to(address: str) -> None:
     for interface, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == own for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def keep_config(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hook around SGLang's padding of a model's sizes for its AMX kernels: plain torch takes any size."""
+    return model_config
 
 
 def init_group(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
