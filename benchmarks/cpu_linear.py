@@ -26,7 +26,8 @@ from sglang_mixed.formats import ModuleFormat
 from sglang_mixed.formats.fp8 import FP8Parameters
 from sglang_mixed.formats.gptq import GPTQParameters
 from sglang_mixed.formats.int8 import Int8Parameters
-from sglang_mixed.kernels import native, pack
+from sglang_mixed.kernels import pack
+from sglang_mixed.kernels.compiled import available
 
 SIZE = 4096
 GENERATOR = torch.Generator().manual_seed(0)
@@ -103,7 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer weights and repeats, one thread")
     options = parser.parse_args()
-    ways = ["native", "eager"] if native.available() else ["eager"]
+    ways = ["native", "eager"] if available() else ["eager"]
     copies, repeats = (6, 12) if options.quick else (16, 48)
     bf16 = [torch.randn(SIZE, SIZE, generator=GENERATOR).bfloat16()]
     bf16 += [bf16[0].clone() for _ in range(copies - 1)]

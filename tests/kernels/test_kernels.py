@@ -13,7 +13,7 @@ import torch
 
 from sglang_mixed.errors import FormatError, InconsistentFormatError, UnsupportedError
 from sglang_mixed.formats import ModuleFormat, detect, get_format
-from sglang_mixed.kernels import KERNELS, chunked, cpu_kernel, get_kernel, int4, native, nibbles, pack, resident_bytes
+from sglang_mixed.kernels import KERNELS, chunked, compiled, cpu_kernel, get_kernel, int4, nibbles, pack, resident_bytes
 from sglang_mixed.kernels.base import layout_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "formats"))
@@ -58,7 +58,6 @@ def gptq_cases() -> None:
                 )
     for bits, out, columns, group in (
         (4, 40, 96, 32),
-        (4, 64, 96, -1),
         (2, 48, 64, 32),
         (3, 96, 160, 32),
         (8, 36, 64, 64),
@@ -72,7 +71,50 @@ def gptq_cases() -> None:
             )
 
 
+def other_four_bit_cases() -> None:
+    for out, columns, group in ((64, 128, 128), (48, 256, 32), (176, 512, 64), (80, 192, 192), (64, 96, -1)):
+        size = columns if group == -1 else group
+        CASES[f"gptq4 {out}x{columns} g{group} False v1 none"] = (
+            "int4",
+            lambda rng, a=(out, columns), g=group: packers.gptq(rng, *a, group=g, sym=False, order="none"),
+        )
+        for dtype in (torch.float16, torch.bfloat16):
+            CASES[f"awq {out}x{columns} g{group} {dtype}"] = (
+                "int4",
+                lambda rng, a=(out, columns), g=group, d=dtype: packers.awq(rng, *a, group=g, scale_dtype=d),
+            )
+        for sym, order in ((True, False), (False, False), (True, True), (False, True)):
+            CASES[f"packed4 {out}x{columns} g{group} {sym} {'act' if order else 'none'}"] = (
+                "int4",
+                lambda rng, a=(out, columns), g=size, s=sym, k=order: packers.packed(
+                    rng, *a, group=g, sym=s, act_order=k and g < a[1]
+                ),
+            )
+        for sym in (True, False):
+            CASES[f"packed4 {out}x{columns} channel {sym}"] = (
+                "int4",
+                lambda rng, a=(out, columns), s=sym: packers.packed(rng, *a, strategy="channel", sym=s),
+            )
+
+
+def packed_fallback_cases() -> None:
+    for name, options in (
+        ("packed4 tensor", {"strategy": "tensor"}),
+        ("packed4 g16", {"group": 16}),
+        ("packed3 g32", {"bits": 3}),
+        ("packed8 g32 asym", {"bits": 8, "sym": False}),
+        ("packed8 g32 act", {"bits": 8, "act_order": True}),
+    ):
+        CASES[name] = "chunked", lambda rng, x=options: packers.packed(rng, 48, 64, **x)
+
+
 def eight_bit_cases() -> None:
+    for out, columns in ((128, 256), (130, 36), (17, 1000)):
+        for strategy, group in (("channel", None), ("tensor", None), ("group", 32), ("group", 128)):
+            CASES[f"packed8 {out}x{columns} {strategy} {group}"] = (
+                "int8",
+                lambda rng, a=(out, columns), s=strategy, g=group: packers.packed(rng, *a, bits=8, strategy=s, group=g),
+            )
     for o, c in ((128, 256), (130, 33), (830, 545), (16, 1000)):
         grid = (-(-o // 128), -(-c // 128))
         for kind in ("float", "int"):
@@ -99,6 +141,8 @@ def eight_bit_cases() -> None:
 
 
 gptq_cases()
+other_four_bit_cases()
+packed_fallback_cases()
 eight_bit_cases()
 for plain_dtype in (torch.bfloat16, torch.float16, torch.float32):
     CASES[f"plain {plain_dtype}"] = "plain", lambda rng, d=plain_dtype: packers.plain(rng, (70, 130), d)
@@ -123,7 +167,7 @@ def no_weight_is_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here runs with the compiled products and without."""
     monkeypatch.setenv("SGLANG_MIXED_NATIVE", "01"[request.param == "native"])
-    if request.param == "native" and not native.available():
+    if request.param == "native" and not compiled.available():
         pytest.skip("no C compiler")
 
 
@@ -209,6 +253,17 @@ def test_int4_without_knowing_torchs_layout(name: str, monkeypatch: pytest.Monke
     check_product(kernel.linear(x, resident, format), x, module.reference)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] == "int4"])
+def test_compiled_packing_is_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, format, _ = built(name)
+    kernel, resident = pack(module.tensors, format)
+    monkeypatch.setenv("SGLANG_MIXED_NATIVE", "0")
+    plain = kernel.pack(module.tensors, format)
+    assert plain.keys() == resident.keys()
+    assert all(torch.equal(plain[one], resident[one]) for one in plain)
+    check_unpacks(module, kernel.unpack(resident, format))
+
+
 @pytest.mark.parametrize("rows", [1, 4, 40])
 @pytest.mark.parametrize("name", ["float channel 128x256", "fp8 128x128 128x256"])
 def test_fp8_is_exact_down_to_the_smallest_codes(name: str, rows: int) -> None:
@@ -236,7 +291,7 @@ def test_pack_frees_the_files_buffer() -> None:
 def test_nan_weights_are_refused() -> None:
     module, format, _ = built("float channel 128x256")
     module.tensors["weight"].view(torch.uint8)[7, 9] = 0xFF
-    with pytest.raises(FormatError, match="is NaN"):
+    with pytest.raises(FormatError, match="in row 7 is NaN"):
         pack(module.tensors, format)
 
 

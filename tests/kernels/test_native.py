@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_mixed.kernels import native
+from sglang_mixed.kernels import compiled, native
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -22,15 +22,15 @@ def library(
 ) -> Iterator[None]:
     monkeypatch.delenv("SGLANG_MIXED_NATIVE", raising=False)
     if request.param == "plain C":
-        monkeypatch.setattr(native, "FLAGS", tuple(flag for flag in native.FLAGS if not flag.startswith("-march")))
-        monkeypatch.setattr(native, "X86_FLAGS", ("-Wno-psabi",))
+        monkeypatch.setattr(compiled, "FLAGS", tuple(flag for flag in compiled.FLAGS if not flag.startswith("-march")))
+        monkeypatch.setattr(compiled, "X86_FLAGS", ("-Wno-psabi",))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
-        native._library.cache_clear()
-    if not native.available():
+        compiled._library.cache_clear()
+    if not compiled.available():
         pytest.skip("no C compiler")
     yield
     if request.param == "plain C":
-        native._library.cache_clear()
+        compiled._library.cache_clear()
 
 
 def before_a_wall(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 def right(y: torch.Tensor, expected: torch.Tensor) -> None:
     """Off by its rounding, and little of the largest result."""
     assert y.shape == expected.shape
-    slack = (4e-6 if y.dtype == torch.float32 else 1e-4) * expected.abs().max()
+    slack = (1e-5 if y.dtype == torch.float32 else 1e-4) * expected.abs().max()
     assert ((y.double() - expected).abs() <= ROUNDING[y.dtype] * expected.abs() + slack).all()
 
 
@@ -96,7 +96,7 @@ def test_octets_end_where_they_end(library: None, out: int, columns: int, rows: 
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 32])
-@pytest.mark.parametrize(("out", "group"), [(16, 32), (64, 64), (112, 32), (192, 128), (64, 256)])
+@pytest.mark.parametrize(("out", "group"), [(16, 32), (64, 64), (112, 32), (192, 128), (80, 1056)])
 def test_nibbles_end_where_they_end(library: None, out: int, group: int, rows: int) -> None:
     groups = 3
     codes = torch.randint(0, 16, (out, groups * group), generator=GENERATOR)
@@ -155,7 +155,7 @@ def test_zeros_of_x_give_zeros(library: None) -> None:
 
 
 def test_threads_share_a_product(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "VALUES_PER_THREAD", 64)
+    monkeypatch.setattr(compiled, "VALUES_PER_THREAD", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     weight = torch.randint(-127, 127, (131, 70), dtype=torch.int8, generator=GENERATOR)
     x = torch.randn(5, 70, generator=GENERATOR)
@@ -173,10 +173,10 @@ def test_without_a_compiler_there_is_one_warning(
     monkeypatch.setenv("CC", compiler)
     if compiler != "false":
         monkeypatch.setenv("PATH", "")
-    native._library.cache_clear()
+    compiled._library.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert not native.available()
-        assert not native.available()
-    native._library.cache_clear()
+        assert not compiled.available()
+        assert not compiled.available()
+    compiled._library.cache_clear()
     assert len(caplog.records) == 1
     assert not list(tmp_path.rglob("*.so"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 
 import torch
 
@@ -48,7 +49,7 @@ def resident_bytes(format: ModuleFormat) -> int:
 
 def pack(tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> tuple[LinearKernel, Tensors]:
     """The first kernel that takes these very tensors (act-order's groups show only in them), and the resident ones."""
-    for kernel in _taking(format):
+    for kernel in chain([cpu_kernel(format)], islice(_taking(format), 1, None)):
         try:
             return kernel, kernel.pack(tensors, format)
         except UnsupportedError:

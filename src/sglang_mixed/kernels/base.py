@@ -7,6 +7,7 @@ byte for byte and a hash of the file can be checked against memory. Nothing else
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Protocol
@@ -60,12 +61,7 @@ class FileLayout:
 
     def layout(self, format: ModuleFormat) -> Layout:
         """The checkpoint's own tensors."""
-        specs = get_format(format.name).tensors(format.parameters, format.shape)
-        return {
-            name: (TORCH_DTYPES[spec.dtypes[0]], spec.shape)
-            for name, spec in specs.items()
-            if name != "bias" or len(specs) == 1
-        }
+        return dict(_file_layout(format))
 
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """The same tensors, cut free of the file's buffer."""
@@ -74,6 +70,16 @@ class FileLayout:
     def unpack(self, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """The same tensors."""
         return {name: resident[name] for name in self.layout(format)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_layout(format: ModuleFormat) -> Layout:
+    specs = get_format(format.name).tensors(format.parameters, format.shape)
+    return {
+        name: (TORCH_DTYPES[spec.dtypes[0]], spec.shape)
+        for name, spec in specs.items()
+        if name != "bias" or len(specs) == 1
+    }
 
 
 def layout_bytes(layout: Layout) -> int:

@@ -17,6 +17,7 @@ from ..formats import ModuleFormat
 from ..formats.fp8 import FP8Parameters
 from . import native
 from .base import FileLayout, Tensors
+from .compiled import available
 from .panels import STRIP_VALUES, linear_by_panels, spans
 
 #: Up to so many rows the products run in float16, whose GEMM is the faster one until matrix units pay.
@@ -33,6 +34,7 @@ class FP8(FileLayout):
     """FP8 per tensor, per channel or in blocks."""
 
     name = "fp8"
+    takes_bias = False
 
     def takes(self, format: ModuleFormat) -> bool:
         """e4m3 matrices, but for blocks of very few rows."""
@@ -64,16 +66,25 @@ class FP8(FileLayout):
 
 def refuse_nan(weight: torch.Tensor) -> None:
     """FormatError if an e4m3 weight holds a NaN code: every bit trick would read it as a number."""
+    if (row := _nan_row(weight)) is not None:
+        raise FormatError(
+            f"a weight in row {row} is NaN",
+            tensor="weight",
+            rule="e4m3 codes 0x7F and 0xFF are no numbers",
+            remedy="export the checkpoint again, or map this module to another source",
+        )
+
+
+def _nan_row(weight: torch.Tensor) -> int | None:
+    if available() and weight.is_contiguous():
+        return native.find_nan(weight)
     for start, stop in spans(0, len(weight), 1024):
         rows = weight[start:stop]
         # 0x7F is the greatest int8, 0xFF the greatest uint8: two fast reductions.
         if rows.numel() and (rows.view(torch.int8).amax() == 127 or rows.view(torch.uint8).amax() == 255):
-            raise FormatError(
-                f"a weight in rows {start} to {stop - 1} is NaN",
-                tensor="weight",
-                rule="e4m3 codes 0x7F and 0xFF are no numbers",
-                remedy="export the checkpoint again, or map this module to another source",
-            )
+            codes = rows.view(torch.uint8) & 0x7F
+            return start + int((codes == 0x7F).any(1).int().argmax())
+    return None
 
 
 def _spread(scale: torch.Tensor, width: int, columns: int) -> torch.Tensor:

@@ -1,28 +1,14 @@
-"""The functions of c/, compiled by this machine's C compiler on first use; without one, torch's kernels run.
-
-The library is kept in the user's cache folder under a hash of all that shaped it. SGLANG_MIXED_NATIVE=0 turns it off.
-"""
+"""Weights as the functions of c/ take them: products and decoded rows of 8 and 4 bits, packing, a search for NaN."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from .compiled import Int, Long, Pointer, available, function, split
 from .panels import linear_by_panels, spans
 
 #: Rows of x that one call takes; the C source has the same.
@@ -30,18 +16,11 @@ MAX_ROWS = 32
 #: Kinds of 8-bit weights.
 FP8, INT8 = 0, 1
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: Formats whose 4-bit words can be packed.
+WORD_ORDERS = {"gptq": 0, "awq": 1, "packed": 2}
 TILE, DEPTH, BLOCK = 64, 32, 4
-#: A thread that would get fewer weights costs more than it saves.
-VALUES_PER_THREAD = 1 << 19
 #: Decoded weights of a GEMM, in the second-level cache.
 PANEL_BYTES = 2 << 20
-COMPILE_SECONDS = 60
-
-SOURCES = Path(__file__).with_name("c")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-X86_FLAGS = ("-mprefer-vector-width=512",)
-
-Pointer, Long, Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 class _Octets(ctypes.Structure):
@@ -61,22 +40,12 @@ class _Nibbles(ctypes.Structure):
     ]
 
 
-_PRODUCT = (Pointer, Int, Pointer, Int, Pointer, Long, Long, Long)
-SIGNATURES: dict[str, tuple[type, ...]] = {
-    "octets_product": _PRODUCT,
-    "octets_decode": (Pointer, Int, Pointer, Long, Long),
-    "nibbles_product": _PRODUCT,
-    "nibbles_decode": (Pointer, Pointer, *[Long] * 4),
-    "find_nan": (Pointer, Long, Long),
-}
-RESULTS = {"octets_product": Int, "nibbles_product": Int, "find_nan": Long}
-
-logger = logging.getLogger(__name__)
-
-
-def available() -> bool:
-    """Whether the compiled products are there and wanted; the first call compiles them, for some two seconds."""
-    return os.environ.get("SGLANG_MIXED_NATIVE") != "0" and _library() is not None
+class _Packing(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("words", "tiles", "place")),
+        *((name, Long) for name in ("out", "in")),
+        ("order", Int),
+    ]
 
 
 def takes(x: torch.Tensor) -> bool:
@@ -121,12 +90,12 @@ class Octets:
         (out, columns), stop = self.weight.shape, start + len(target)
         assert start >= 0 and stop <= out and target.shape[1] == columns
         assert target.is_contiguous() and target.dtype == torch.bfloat16
-        function, weight, address = _function("octets_decode"), ctypes.byref(self._struct()), target.data_ptr()
+        decode, weight, address = function("octets_decode"), ctypes.byref(self._struct()), target.data_ptr()
 
         def part(low: int, high: int) -> None:
-            function(weight, scaled, address + (low - start) * columns * target.itemsize, low, high)
+            decode(weight, scaled, address + (low - start) * columns * target.itemsize, low, high)
 
-        _split(part, start, stop, BLOCK, columns)
+        split(part, start, stop, BLOCK, columns)
 
     def _row_scales(self) -> torch.Tensor:
         scales = self.scales.float().reshape(-1)
@@ -183,8 +152,8 @@ class Nibbles:
         assert start >= 0 and stop <= out and start % TILE == 0 and (stop % TILE == 0 or stop == out)
         assert target.is_contiguous() and target.dtype == torch.bfloat16 and len(target) == columns
         given = ctypes.byref(self._struct()), target.data_ptr(), start, stop - start
-        function = _function("nibbles_decode")
-        _split(lambda low, high: function(*given, low, high), start, stop, TILE, columns)
+        decode = function("nibbles_decode")
+        split(lambda low, high: decode(*given, low, high), start, stop, TILE, columns)
 
     def _struct(self) -> _Nibbles:
         (out, columns), zeros = self.shape, None if self.qzeros is None else self.qzeros.data_ptr()
@@ -197,95 +166,49 @@ def _product(name: str, weight: ctypes.Structure, x: torch.Tensor, out: int, uni
     # C writes bf16 or float32.
     y = torch.empty(rows, out, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
     given = ctypes.byref(weight), FLOAT_TYPES[x.dtype], x.data_ptr(), FLOAT_TYPES[y.dtype], y.data_ptr(), rows
-    function = _function(name)
+    multiply = function(name)
 
     def part(low: int, high: int) -> None:
-        if function(*given, low, high):
+        if multiply(*given, low, high):
             raise MemoryError(f"no memory for {rows} rows of {columns} values")
 
-    _split(part, 0, out, unit, columns)
+    split(part, 0, out, unit, columns)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def _split(part: Callable[[int, int], object], start: int, stop: int, unit: int, columns: int) -> None:
-    """Run part(low, high) over [start, stop) on torch's number of threads; pieces begin at whole units."""
-    units = -(-(stop - start) // unit)
-    threads = min(torch.get_num_threads(), (stop - start) * columns // VALUES_PER_THREAD, units)
-    if threads <= 1:
-        part(start, stop)
-        return
-    first, *others = spans(start, stop, -(-units // threads) * unit)
-    futures = [_pool(torch.get_num_threads()).submit(part, *span) for span in others]
-    try:
-        part(*first)
-    finally:  # the others write into the caller's tensors
-        for future in futures:
-            future.result()
+def pack_nibbles(words: torch.Tensor, order: str, shape: Sequence[int], place: torch.Tensor | None) -> torch.Tensor:
+    """A format's int32 words of a weight [out, in] -> nibbles uint8 [out, in/2] in torch's layout.
+
+    `order` names the format; column k comes to lie where column place[k] would, int32 [in].
+    """
+    nibbles = torch.empty(shape[0], shape[1] // 2, dtype=torch.uint8)
+    _pack("nibbles_pack", words, nibbles, order, shape, place)
+    return nibbles
 
 
-@functools.lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="sglang-mixed-native")
+def unpack_nibbles(
+    nibbles: torch.Tensor, order: str, shape: Sequence[int], place: torch.Tensor | None, words: torch.Tensor
+) -> None:
+    """The inverse, to `words`."""
+    _pack("nibbles_unpack", words, nibbles, order, shape, place)
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+def find_nan(codes: torch.Tensor) -> int | None:
+    """The row of an e4m3 matrix [rows, columns] that has a NaN code, if one has."""
+    columns = codes.shape[1]
+    search, address, found = function("find_nan"), codes.data_ptr(), list[int]()
+    split(lambda low, high: found.append(search(address, low * columns, high * columns)), 0, len(codes), 1, columns)
+    places = [place for place in found if place >= 0]
+    return min(places) // columns if places else None
 
 
-def _function(name: str) -> Callable[..., None]:
-    library = _library()
-    assert library is not None, "ask available() first"
-    return getattr(library, name)  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logger.warning("no compiled CPU kernels, torch's run instead (slower): %s", detail)
-        return None
-    for name, arguments in SIGNATURES.items():
-        getattr(library, name).argtypes, getattr(library, name).restype = arguments, RESULTS.get(name)
-    return library
-
-
-def _build() -> Path:
-    """The shared library, from the cache or compiled. Raises OSError or SubprocessError."""
-    if sys.byteorder != "little":
-        raise OSError("the C sources read little-endian words")
-    compiler = _compiler()
-    flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
-    binary = Path(compiler[0]).resolve().stat()
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    texts = [source.read_bytes() for source in sources]
-    key = (texts, compiler, binary.st_size, binary.st_mtime_ns, flags, _cpu())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-mixed"
-    target = folder / f"native-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
-    if not target.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # renamed whole: another process may do the same
-            built = Path(temporary, "native.so")
-            files = [str(source) for source in sources if source.suffix == ".c"]
-            command = [*compiler, *flags, "-o", str(built), *files, "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            built.replace(target)
-    return target
-
-
-def _compiler() -> list[str]:
-    for candidate in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        command = shlex.split(candidate or "")
-        if command and (path := shutil.which(command[0])):
-            return [path, *command[1:]]
-    raise OSError("no C compiler: $CC, cc, gcc and clang are not there")
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
-    return "\n".join([platform.machine(), platform.processor(), *told])
+def _pack(
+    name: str, words: torch.Tensor, nibbles: torch.Tensor, order: str, shape: Sequence[int], place: torch.Tensor | None
+) -> None:
+    out, columns = shape
+    assert words.nbytes == nibbles.nbytes == out * columns // 2 and out % 16 == 0 and columns % 8 == 0
+    assert words.is_contiguous() and nibbles.is_contiguous()
+    assert place is None or (place.dtype == torch.int32 and place.is_contiguous() and len(place) == columns)
+    addresses = words.data_ptr(), nibbles.data_ptr(), None if place is None else place.data_ptr()
+    packing, run = ctypes.byref(_Packing(*addresses, out, columns, WORD_ORDERS[order])), function(name)
+    split(lambda low, high: run(packing, low, high), 0, out, TILE, columns)

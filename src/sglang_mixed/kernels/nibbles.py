@@ -12,7 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
-from ..formats.gptq import unpack
+from ..formats.awq import ORDER, unpack_columns
+from ..formats.base import Shape
+from ..formats.bit_stream import unpack
+from .compiled import available
+from .native import pack_nibbles, unpack_nibbles
 from .panels import spans
 
 TILE = 64
@@ -20,15 +24,57 @@ TILE = 64
 ROWS_AT_ONCE = 8 * TILE
 
 
-def pack_rows(qweight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """GPTQ words int32 [in/8, out], columns put in `order` -> nibbles uint8 [out, in/2] in torch's layout."""
-    columns, rows = qweight.shape[0] * 8, qweight.shape[1]
+def pack_words(words: torch.Tensor, order: str, shape: Shape, place: torch.Tensor | None) -> torch.Tensor:
+    """int32 words of a format of four bits (`order`, [out, in]) -> nibbles uint8 [out, in/2] in torch's layout.
+
+    Column k comes to lie where column place[k] would, int32 [in].
+    """
+    if available() and layout_is_known():
+        return pack_nibbles(words.contiguous(), order, shape, place)
+    rows, columns = shape
     nibbles = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    sorting = None if place is None else torch.argsort(place)
     for low, high in spans(0, rows, ROWS_AT_ONCE):
-        codes = unpack(qweight[:, low:high], 4)
-        codes = codes if order is None else codes[order]
+        codes = _codes(words, order, low, high)
+        codes = codes if sorting is None else codes[sorting]
         nibbles[low:high] = torch._convert_weight_to_int4pack_for_cpu(codes.t().to(torch.int32).contiguous(), 1)
     return nibbles
+
+
+def unpack_words(nibbles: torch.Tensor, order: str, place: torch.Tensor | None) -> torch.Tensor:
+    """The inverse: the format's words."""
+    rows, columns = nibbles.shape[0], nibbles.shape[1] * 2
+    along_in, along_out = {"gptq": (8, 1), "awq": (1, 8), "packed": (8, 1)}[order]
+    turned = columns // along_in, rows // along_out
+    words = torch.empty(turned[::-1] if order == "packed" else turned, dtype=torch.int32)
+    if available() and layout_is_known():
+        unpack_nibbles(nibbles, order, (rows, columns), place, words)
+        return words
+    for low, high in tiles(rows):
+        codes = decode_rows(nibbles, low, high)
+        codes = codes if place is None else codes[place]
+        if order == "awq":
+            words[:, low // 8 : high // 8] = _to_words(
+                codes.view(columns, -1, 8)[..., ORDER].reshape(columns, -1).t()
+            ).t()
+        elif order == "packed":
+            words[low:high] = _to_words(codes).t()
+        else:
+            words[:, low:high] = _to_words(codes)
+    return words
+
+
+def _codes(words: torch.Tensor, order: str, low: int, high: int) -> torch.Tensor:
+    """uint8 [in, rows] of the rows from low to high."""
+    if order == "awq":
+        return unpack_columns(words[:, low // 8 : high // 8])
+    return unpack(words[low:high].t() if order == "packed" else words[:, low:high], 4)
+
+
+def _to_words(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [in, n] of 0..15 -> int32 [in/8, n], lowest nibble first."""
+    octets = codes[0::2] | (codes[1::2] << 4)  # [in/2, n], four to a word
+    return octets.view(-1, 4, octets.shape[1]).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
 
 
 def tiles(stop: int, start: int = 0) -> Iterator[tuple[int, int]]:

@@ -100,14 +100,12 @@ static int product_in_floats(const nibbles *w, matrix x, matrix y, long rows, lo
     return !sums;
 }
 
-enum { LARGEST_GROUP = 4096 /* 15 * 32512 * size fits 31 bits */ };
-
 /* x [rows <= MAX_ROWS, in] times W -> rows [start, stop) of y, whole tiles, for every row of x. */
 int nibbles_product(const nibbles *w, int x_type, void *x, int y_type, void *y, long rows, long start, long stop)
 {
     matrix given = {x_type, x}, wanted = {y_type, y};
 #if HAS_OCTET_DOTS
-    if (x_type != FP32 && w->size <= LARGEST_GROUP)
+    if (x_type != FP32)
         return product_in_integers(w, given, wanted, rows, start, stop);
 #endif
     return product_in_floats(w, given, wanted, rows, start, stop);

@@ -5,7 +5,7 @@
 
 #if HAS_OCTET_DOTS
 typedef __m512i sums[BLOCK];
-enum { CHUNK = 4 * DEPTH };
+enum { CHUNK = 4 * DEPTH, LARGEST_UNIT = 512 };
 
 /* Four columns of a whole tile: vector i holds the rows 16i to 16i + 15. */
 INLINE void four_columns(const uint8_t *tile, __m512i *out)
@@ -71,20 +71,20 @@ INLINE void chunk_dots(int rows, __m512i (*w)[BLOCK], const int8_t *x, long stri
             total[r][i] = acc[r][i];
 }
 
-/* The sums of one group of a tile, for every row of halves. */
-INLINE void group_dots(const nibbles *w, const halves *h, long rows, long n, long first, sums *total)
+/* The sums of one unit of a tile's columns, for every row of halves. */
+INLINE void unit_dots(const nibbles *w, const halves *h, long rows, long n, long first, sums *total)
 {
     long width = least(TILE, w->out - n);
     if (rows <= BLOCK && width == TILE) {
         const uint8_t *tile = tile_at(w, n, first);
-        rows == 2 ? tile_dots(2, tile, h->values + first, h->stride, w->size, total)
-                  : tile_dots(4, tile, h->values + first, h->stride, w->size, total);
+        rows == 2 ? tile_dots(2, tile, h->values + first, h->stride, h->unit, total)
+                  : tile_dots(4, tile, h->values + first, h->stride, h->unit, total);
         return;
     }
     memset(total, 0, rows * sizeof *total);
-    for (long k = first; k < first + w->size; k += CHUNK) {
+    for (long k = first; k < first + h->unit; k += CHUNK) {
         __m512i chunk[CHUNK / 4][BLOCK];
-        long size = least(CHUNK, first + w->size - k);
+        long size = least(CHUNK, first + h->unit - k);
         const uint8_t *tile = tile_at(w, n, k);
         for (long j = 0; j < size; j += 4) {
             prefetch(tile + j * width / 2 + AHEAD, 4 * width / 2);
@@ -100,12 +100,13 @@ INLINE void group_dots(const nibbles *w, const halves *h, long rows, long n, lon
 static void tile_in_integers(const nibbles *w, const halves *h, const float *x_sums, long rows, long n, block *total)
 {
     group own;
-    for (long g = 0; g < w->in / w->size; g++) {
+    for (long unit = 0; unit < h->units; unit++) {
         sums part[2 * MAX_ROWS];
-        group_dots(w, h, 2 * rows, n, g * w->size, part);
-        load_group(&own, w, n, g * w->size);
+        unit_dots(w, h, 2 * rows, n, unit * h->unit, part);
+        if (unit * h->unit % w->size == 0)
+            load_group(&own, w, n, unit * h->unit);
         for (long r = 0; r < rows; r++) {
-            float step = h->steps[r * h->units + g], x_sum = x_sums[r * h->units + g];
+            float step = h->steps[r * h->units + unit], x_sum = x_sums[r * h->units + unit];
             for (int i = 0; i < BLOCK; i++) {
                 __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(part[2 * r][i], 8), part[2 * r + 1][i]);
                 vec own_sum = (vec)_mm512_cvtepi32_ps(whole) - x_sum * load(own.zero + i * LANES);
@@ -115,10 +116,19 @@ static void tile_in_integers(const nibbles *w, const halves *h, const float *x_s
     }
 }
 
+/* A group, or the largest part of a larger one that it has a whole number of: sums of 31 bits, steps of few columns. */
+INLINE long unit_of(long size)
+{
+    long unit = least(size, LARGEST_UNIT);
+    while (size % unit)
+        unit -= DEPTH;
+    return unit;
+}
+
 static int product_in_integers(const nibbles *w, matrix x, matrix y, long rows, long start, long stop)
 {
     halves h;
-    if (split(&h, x, rows, w->in, w->size))
+    if (split(&h, x, rows, w->in, unit_of(w->size)))
         return 1;
     float *x_sums = sums_of_halves(&h, rows);
     for (long n = start; x_sums && n < stop; n += TILE) {
