@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Read, opened, read_entry
+from .checkpoint import Read, opened, read_entries
 
 #: One file's planned tensors: (source name, file, what is read of it, in file order).
 FileRead = tuple[str, Path, list[Read]]
@@ -40,7 +40,8 @@ def stream(
     """Yield (name, tensor) for every planned tensor, read to its `destination` or else to memory of its own.
 
     Two threads read ahead of the consumer, each a batch of small tensors or one large tensor at a time: beyond what
-    the consumer keeps, at most three times the largest tensor's bytes are alive.
+    the consumer keeps, at most three times the largest tensor's bytes are alive (of tensors whose rows stand in turns
+    in one matrix, that matrix and all of them).
     Raises MissingFileError, TruncatedFileError.
     """
     planned = list(reads)
@@ -52,8 +53,10 @@ def stream(
             ahead.extend(readers.submit(_read, *job, destination) for job in islice(jobs, 1))
             batch.reverse()
             while batch:
-                log.bytes_read += batch[-1][1].nbytes
-                yield batch.pop()
+                name, tensor, nbytes = batch.pop()
+                log.bytes_read += nbytes
+                yield name, tensor
+                del tensor
 
 
 def _batches(reads: list[FileRead], files: ExitStack) -> Iterator[tuple[int, Path, list[Read]]]:
@@ -65,7 +68,7 @@ def _batches(reads: list[FileRead], files: ExitStack) -> Iterator[tuple[int, Pat
         size = 0
         for read in entries:
             length = read.nbytes
-            if batch and size + length > limit:
+            if batch and size + length > limit and not read.shares(batch[-1]):
                 yield descriptor, path, batch
                 batch, size = [], 0
             batch.append(read)
@@ -73,8 +76,10 @@ def _batches(reads: list[FileRead], files: ExitStack) -> Iterator[tuple[int, Pat
         yield descriptor, path, batch
 
 
-def _read(descriptor: int, path: Path, entries: list[Read], destination: Destination) -> list[tuple[str, torch.Tensor]]:
-    return [(read.name, read_entry(descriptor, path, read, destination(read))) for read in entries]
+def _read(
+    descriptor: int, path: Path, entries: list[Read], destination: Destination
+) -> list[tuple[str, torch.Tensor, int]]:
+    return list(read_entries(descriptor, path, entries, destination))
 
 
 def sha256(tensor: torch.Tensor) -> str:

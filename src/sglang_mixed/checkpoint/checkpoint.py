@@ -15,6 +15,7 @@ from ..formats import Detector, ModuleFormat, get_format
 from ..formats.rules import Rules
 from .entries import Entries
 from .folder import check_counts, check_names, quantization_config, read_config, read_index, shard_paths
+from .fused_experts import slice_experts
 from .header import Entry, read_header
 from .modules import Modules, Tensors
 from .pause import collector_paused
@@ -34,12 +35,14 @@ class Checkpoint:
         self._index = read_index(path)
         self.files = tuple(shard_paths(path, self._index))
         self._numbers = {file.name: number for number, file in enumerate(self.files)}
-        self.shards = [read_header(file) for file in self.files]
+        self._headers = self.shards = [read_header(file) for file in self.files]
         if self._index is None:
             self._check_collisions()
         else:
             check_counts(path, self._index, self.shards)
         self.modules = Modules(self.shards)
+        if sliced := slice_experts(self.config, self.shards, self.modules):
+            self.shards, self.modules = sliced, Modules(sliced)
         try:
             self._detect = Detector(self.quantization)
             #: Module -> a number that is equal for modules of which `quantization` says the same.
@@ -106,7 +109,7 @@ class Checkpoint:
     def check_index(self) -> None:
         """Raise IndexFileError if the index contradicts the files in any name; `open_checkpoint` compares counts."""
         if self._index is not None:
-            check_names(self.path, self._index, self.shards)
+            check_names(self.path, self._index, self._headers)
 
     def _module(self, module: str) -> Tensors:
         tensors = self.modules.get(module)

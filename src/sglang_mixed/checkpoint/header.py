@@ -28,14 +28,36 @@ _TAIL = re.compile(rf'([^".]+)":\{{"dtype":"([A-Z0-9_]+)","shape":\[({_SIZES})\]
 _MAX_PARTS = 65_536
 
 
+class View(NamedTuple):
+    """A tensor inside a stored matrix of this shape: its transpose if `transposed`, then rows first, first + step, ...
+
+    `text` says the same of the file's tensor, for reports: `model.layers.0.mlp.experts.gate_up_proj[3, :, 0::2].T`.
+    """
+
+    text: str
+    shape: tuple[int, ...]
+    transposed: bool
+    first: int
+    step: int
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the tensor's bytes lie one after another."""
+        return not self.transposed and self.step == 1
+
+
 class Entry(NamedTuple):
-    """Where one tensor lies: index of its file, dtype code, shape, and absolute byte positions [begin, end)."""
+    """Where one tensor lies: index of its file, dtype code, shape, and absolute byte positions [begin, end).
+
+    With a `view` these are the positions of the stored matrix that the tensor is a part of.
+    """
 
     file: int
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    view: View | None = None
 
 
 class Part(NamedTuple):
@@ -186,11 +208,12 @@ def _parse_tail(tail: str) -> Part:
         raise ValueError
     if len(_PARTS) >= _MAX_PARTS:
         _PARTS.clear()
-    part = _PARTS[tail] = _part(found[1], found[2], tuple(int(size) for size in found[3].split(",") if size))
+    part = _PARTS[tail] = make_part(found[1], found[2], tuple(int(size) for size in found[3].split(",") if size))
     return part
 
 
-def _part(local: str, dtype: str, shape: tuple[int, ...]) -> Part:
+def make_part(local: str, dtype: str, shape: tuple[int, ...]) -> Part:
+    """A part of these values."""
     return Part(local, TensorInfo(dtype, shape), math.prod(shape) * ITEM_BYTES[dtype])
 
 
@@ -200,7 +223,7 @@ def _split(places: Places) -> tuple[list[str], list[Part], list[int]]:
     modules, parts = [], []
     for name, info, _ in places:
         module, _, local = name.rpartition(".")
-        part = _part(local, *info)
+        part = make_part(local, *info)
         modules.append(module)
         parts.append(shared.setdefault(part, part))
     return modules, parts, [end for _, _, end in places]

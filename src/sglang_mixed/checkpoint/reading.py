@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,10 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class Read(NamedTuple):
-    """A tensor to read: its full name, its place, and of each dimension the range that is wanted (None: all)."""
+    """A tensor to read: its full name, its place, and of each dimension the range that is wanted (None: all).
+
+    A tensor that is a view of a stored matrix is read as the region of that matrix in which it lies.
+    """
 
     name: str
     entry: Entry
@@ -35,9 +38,25 @@ class Read(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read."""
-        whole = self.entry.end - self.entry.begin
-        return math.prod(self.shape) * ITEM_BYTES[self.entry.dtype] if self.ranges else whole
+        """Bytes of what is wanted."""
+        return math.prod(self.shape) * ITEM_BYTES[self.entry.dtype]
+
+    @property
+    def stored(self) -> Read:
+        """What of the stored matrix is read for it: all rows between those it takes in turns with others'."""
+        view = self.entry.view
+        if view is None:
+            return self
+        (begin, end), *columns = self.ranges or [(0, size) for size in self.entry.shape]
+        first = view.first - view.first % view.step
+        rows = first + begin * view.step, first + end * view.step
+        ranges = (*columns, rows) if view.transposed else (rows, *columns)
+        return Read(self.name, self.entry._replace(shape=view.shape, view=None), ranges)
+
+    def shares(self, other: Read) -> bool:
+        """Whether one reading serves both."""
+        view = self.entry.view
+        return view is not None and view.step > 1 and self.stored[1:] == other.stored[1:]
 
 
 @contextmanager
@@ -56,9 +75,32 @@ def opened(path: Path) -> Iterator[int]:
 def read_entry(descriptor: int, path: Path, read: Read, destination: torch.Tensor | None = None) -> torch.Tensor:
     """One tensor or the wanted part of it, in memory of its own or in a `destination` of that shape.
 
-    Only the wanted bytes are read. A destination may be columns of a larger matrix.
+    Only the wanted bytes are read, and those between them. A destination may be columns of a larger matrix.
     Raises TruncatedFileError where the file has shrunk since its header was read.
     """
+    ((_, tensor, _),) = read_entries(descriptor, path, [read], lambda _: destination)
+    return tensor
+
+
+def read_entries(
+    descriptor: int, path: Path, reads: Sequence[Read], destination: Callable[[Read], torch.Tensor | None]
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(name, tensor, bytes read for it) of each, as `read_entry`; what neighbours share is read for the first."""
+    matrix: torch.Tensor | None = None
+    for before, read in zip((None, *reads), reads, strict=False):
+        view, place = read.entry.view, destination(read)
+        if view is None or view.is_run:
+            matrix = None
+            yield read.name, _read_matrix(descriptor, path, read.stored, place), read.nbytes
+            continue
+        fresh = 0
+        if matrix is None or before is None or not read.shares(before):
+            matrix, fresh = _read_matrix(descriptor, path, read.stored), read.stored.nbytes
+        wanted = (matrix.T if view.transposed else matrix)[view.first % view.step :: view.step]
+        yield read.name, wanted.contiguous() if place is None else place.copy_(wanted), fresh
+
+
+def _read_matrix(descriptor: int, path: Path, read: Read, destination: torch.Tensor | None = None) -> torch.Tensor:
     dtype = TORCH_DTYPES[read.entry.dtype]
     if destination is None:
         destination = torch.empty(read.shape, dtype=dtype)
