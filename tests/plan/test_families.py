@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from sglang_mixed.errors import ParallelismError
 from sglang_mixed.memory import module_kind
-from sglang_mixed.plan import Rank, families, make_plan
+from sglang_mixed.plan import families
 from sglang_mixed.plan.families import base_facts, cut_role, never_loaded, norm_readers, num_experts
 from sglang_mixed.plan.fused import running_together
-from tests.engine.family_models import EXPERTS, FAMILIES, LAYERS, Family, write_family
+from tests.engine.family_models import EXPERTS, FAMILIES, LAYERS, Family
 
 LAYER = "model.layers.3"
 
@@ -168,12 +165,3 @@ def test_heads_that_rows_are_made_of() -> None:
     assert families.heads_field("model.layers.0.self_attn.kv_b_proj") == "num_attention_heads"
     assert families.heads_field("model.layers.0.self_attn.v_proj") == "num_key_value_heads"
     assert families.heads_field("model.layers.0.mlp.up_proj") is None
-
-
-def test_experts_in_one_tensor_are_not_shared_out(tmp_path: Path) -> None:
-    write_family(tmp_path / "bf16", "gpt_oss")
-    (tmp_path / "map.yaml").write_text("mixed_precision: {bf16_path: bf16, weight_mapping: {}}\n")
-    plan = make_plan(tmp_path / "map.yaml")
-    assert plan.rank(Rank()).parts["model.layers.0.mlp.experts"].is_exact
-    with pytest.raises(ParallelismError, match="experts of a layer are in one tensor"):
-        plan.rank(Rank(2, 1, 0))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..plan import families
+
 Shard = str | int | None
 
-#: SGLang's fused layer -> (shard id, checkpoint module) of its parts.
+#: SGLang's fused layer -> (shard id, last name part) of its parts: letters for q, k and v, else numbers.
 FUSED: dict[str, tuple[tuple[Shard, str], ...]] = {
-    "qkv_proj": (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")),
-    "gate_up_proj": ((0, "gate_proj"), (1, "up_proj")),
-    "fused_qkv_a_proj_with_mqa": ((0, "q_a_proj"), (1, "kv_a_proj_with_mqa")),
+    matrix: tuple((part[0] if matrix == "qkv_proj" else number, part) for number, part in enumerate(parts))
+    for matrix, parts in families.FUSED.items()
 }
-#: What checkpoints call an expert's gate, up and down projection.
-EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 def fused_parts(prefix: str, modules: Mapping[str, object]) -> list[tuple[Shard, str]]:
@@ -26,6 +25,6 @@ def fused_parts(prefix: str, modules: Mapping[str, object]) -> list[tuple[Shard,
 
 def expert_modules(prefix: str, expert: int, modules: Mapping[str, object]) -> tuple[str, str, str]:
     """Names of one expert's gate, up and down projection."""
-    spellings = [tuple(f"{prefix}.{expert}.{part}" for part in parts) for parts in EXPERTS]
+    spellings = [tuple(f"{prefix}.{expert}.{part}" for part in parts) for parts in families.EXPERTS]
     gate, up, down = next((names for names in spellings if names[0] in modules), spellings[0])
     return gate, up, down

@@ -10,7 +10,6 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from ..errors import CoverageError, UnsupportedError
 from ..plan import PlannedModule
@@ -93,8 +92,6 @@ class MixedPrecisionQuantization(QuantizationConfig):
             return self._moe_method(layer, prefix)
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix)
-        if isinstance(layer, VocabParallelEmbedding):
-            self._require_plain(prefix)
         return None
 
     def update_packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
@@ -135,15 +132,6 @@ class MixedPrecisionQuantization(QuantizationConfig):
                 rule="config.json of the base describes the weights in its files",
                 remedy="check num_hidden_layers, num_experts and architectures in config.json",
             ) from None
-
-    def _require_plain(self, prefix: str) -> None:
-        module = self._planned.get(prefix)
-        if module is not None and module.format.name != "plain":
-            raise UnsupportedError(
-                f"embeddings and lm_head run in 16 bits only, the map takes {module.format.name} from {module.source}",
-                tensor=prefix,
-                remedy=f'map "{prefix}" to a source that holds it in BF16 or FP16',
-            )
 
 
 def quantize_attention(original: Callable[..., None], *args: Any, quant_config: Any = None, **kwargs: Any) -> None:

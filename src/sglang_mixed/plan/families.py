@@ -82,6 +82,7 @@ _SANDWICH = "pre_feedforward_layernorm"
 _ROUTERS = tuple(f".{mlp}.{router}" for mlp in _MLPS for router in _ROUTER)
 _EMBEDDINGS = ("embed_tokens", "wte")
 _COMPARED = ("norm", *_ROUTERS, *_EMBEDDINGS)
+_16_BITS = (*_COMPARED, "lm_head", ".shared_expert_gate")
 #: Last name parts whose outputs, or inputs, are shared out; all else every rank holds whole: routers, norms, gates of
 #: shared experts, the low-rank projections of latent attention. `self_attn` itself holds one sink a head.
 _CUT_OUT = frozenset(
@@ -243,7 +244,7 @@ def is_router(name: str) -> bool:
 
 def runs_in_16_bits(name: str) -> bool:
     """Whether SGLang reads the module's weight without a quantization method, so that it cannot stay compressed."""
-    return is_router(name) or is_vocabulary(name) or name.endswith(("norm", ".shared_expert_gate"))
+    return name.endswith(_16_BITS)
 
 
 def fused_experts(name: str, config: Mapping[str, Any]) -> Mapping[str, FusedExperts]:

@@ -16,6 +16,7 @@ from .fused import split_notices
 from .plan import Plan, fingerprint
 from .resolve import Assignment, assign, default_source, idle_rules, source_at
 from .same_base import Comparison, check_configs, compare_weights, different_base
+from .sixteen_bits import check_16_bits
 from .smoothing import check_smoothing
 
 
@@ -25,7 +26,7 @@ def make_plan(
     """Resolve a map over its sources and check that together they are one model.
 
     `base` is the engine's --model-path, a folder or a hub name in the local cache. Raises what `errors` draws below
-    MapError, CheckpointError, FormatError and PlanError.
+    MapError, CheckpointError, FormatError and PlanError, or UnsupportedError.
     """
     if not isinstance(described, MixedPrecisionMap):
         described = load_map(described)
@@ -49,6 +50,7 @@ def _make(described: MixedPrecisionMap, base: Path | None) -> Plan:
             configs[base] = read_config(base)
         check_configs(checkpoints[reference].path, checkpoints[reference].config, configs)
     modules, warnings = cover(reference, checkpoints, assignment)
+    check_16_bits(modules, checkpoints, assignment)
     compared, differing = _compare(reference, checkpoints, described.allow_different_base)
     check_smoothing(compared, modules, assignment)
     warnings = [*_notices(described, assignment, checkpoints), *split_notices(modules), *differing, *warnings]
