@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from sglang_mixed.memory import module_kind
 from sglang_mixed.plan import families
@@ -144,21 +143,6 @@ def test_every_family_is_compared_by_its_norms_and_routers(name: str) -> None:
 def test_number_of_experts_of_every_family(name: str) -> None:
     routed = any("experts" in module for module in module_names(FAMILIES[name]))
     assert num_experts(FAMILIES[name].full_config()) == (EXPERTS if routed else 0)
-
-
-@pytest.mark.parametrize("layout", families.FUSED_EXPERTS)
-def test_an_experts_matrices_inside_a_fused_tensor(layout: str) -> None:
-    hidden, width, expert = 3, 2, 1
-    gate, up = torch.arange(6.0).view(width, hidden), torch.arange(10.0, 16).view(width, hidden)
-    rows = [gate[0], up[0], gate[1], up[1]] if layout == "gpt_oss" else [*gate, *up]
-    tensor = torch.stack([torch.zeros(hidden, 2 * width), torch.stack(rows).T])
-    held = families.fused_experts("model.layers.0.mlp.experts", {"model_type": layout})
-    assert torch.equal(held["gate_up_proj"].part(tensor, expert, "gate_proj"), gate)
-    assert torch.equal(held["gate_up_proj"].part(tensor, expert, "up_proj"), up)
-    down = torch.arange(12.0).view(2, width, hidden)
-    assert torch.equal(held["down_proj"].part(down, expert, "down_proj"), down[1].T)
-    assert families.fused_experts("model.layers.0.mlp", {"model_type": layout}) == {}
-    assert families.fused_experts("model.layers.0.mlp.experts", {"model_type": "qwen3_moe"}) == {}
 
 
 def test_heads_that_rows_are_made_of() -> None:

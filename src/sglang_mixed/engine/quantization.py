@@ -15,7 +15,6 @@ from ..errors import CoverageError, UnsupportedError
 from ..plan import PlannedModule
 from . import state
 from .cpu_platform import runs_on_torch_cpu
-from .fused_experts import FusedExpertsMethod
 from .linear import CPULinearMethod
 from .moe import CPUMoEMethod
 from .names import expert_modules, fused_parts
@@ -106,21 +105,15 @@ class MixedPrecisionQuantization(QuantizationConfig):
 
     def _moe_method(self, layer: FusedMoE, prefix: str) -> QuantizeMethodBase | None:
         if prefix in self._planned:
-            return self._fused_moe_method(self._planned[prefix])
+            raise UnsupportedError(
+                "all experts of a layer are in one tensor, in a layout that is not known here",
+                tensor=prefix,
+                remedy="take a checkpoint that holds every expert by itself",
+            )
         names = [expert_modules(prefix, index, self._planned) for index in range(layer.num_experts)]
         experts = [(self._module(gate), self._module(up), self._module(down)) for gate, up, down in names]
         local = [one for one in experts if one[0].name in self._loading.plan.parts]
         return CPUMoEMethod(prefix, local) if self._stock is None else self._stock.experts(prefix, local)
-
-    def _fused_moe_method(self, experts: PlannedModule) -> QuantizeMethodBase:
-        if self._stock is not None:
-            raise UnsupportedError(
-                "all experts of a layer are in one tensor, which is served on the CPU only",
-                tensor=experts.name,
-                remedy="take a checkpoint that holds every expert by itself",
-            )
-        loading = self._loading.plan.plan
-        return FusedExpertsMethod(experts, loading.checkpoints[loading.base].config)
 
     def _module(self, name: str) -> PlannedModule:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 #: Matrix that the engine makes of several -> their last name parts below one parent, in its order of rows.
 FUSED: dict[str, tuple[str, ...]] = {
@@ -18,40 +18,6 @@ _FUSED = {part: matrix for matrix, parts in FUSED.items() for part in parts}
 _FUSED |= {"w1": "w13", "w3": "w13"}  # a dense layer of Mixtral's naming
 #: Last name part of an expert's matrix -> the tensor that holds all experts' of a layer.
 _EXPERT = {part: matrix for names in EXPERTS for part, matrix in zip(names, ("w13", "w13", "w2"), strict=True)}
-
-
-class FusedExperts(NamedTuple):
-    """A tensor that holds a matrix of every expert of a layer, one after the other.
-
-    `parts` are the projections whose rows it holds: one block each, or in turns (`interleaved`).
-    `transposed` tensors are [experts, in, out], others [experts, out, in].
-    """
-
-    parts: tuple[str, ...]
-    transposed: bool
-    interleaved: bool = False
-
-    def part(self, tensor: Any, expert: int, part: str) -> Any:
-        """The view [out, in] of one expert's projection."""
-        matrix = tensor[expert].T if self.transposed else tensor[expert]
-        place, ways = self.parts.index(part), len(self.parts)
-        if self.interleaved:
-            return matrix[place::ways]
-        rows = len(matrix) // ways
-        return matrix[place * rows : (place + 1) * rows]
-
-
-#: model_type -> local name below `….experts` -> what it holds. Their biases are `NAME_bias`, [experts, out].
-FUSED_EXPERTS: dict[str, dict[str, FusedExperts]] = {
-    "gpt_oss": {
-        "gate_up_proj": FusedExperts(("gate_proj", "up_proj"), transposed=True, interleaved=True),
-        "down_proj": FusedExperts(("down_proj",), transposed=True),
-    },
-    "llama4_text": {
-        "gate_up_proj": FusedExperts(("gate_proj", "up_proj"), transposed=True),
-        "down_proj": FusedExperts(("down_proj",), transposed=True),
-    },
-}
 
 #: A layer's MLPs, where it has them: dense or routed, and the expert that sees every token.
 _MLPS = ("mlp", "block_sparse_moe", "feed_forward")
@@ -245,13 +211,6 @@ def is_router(name: str) -> bool:
 def runs_in_16_bits(name: str) -> bool:
     """Whether SGLang reads the module's weight without a quantization method, so that it cannot stay compressed."""
     return name.endswith(_16_BITS)
-
-
-def fused_experts(name: str, config: Mapping[str, Any]) -> Mapping[str, FusedExperts]:
-    """What each tensor of a module `….experts` holds, by its local name; empty for any other module."""
-    if not name.endswith(".experts"):
-        return {}
-    return FUSED_EXPERTS.get(str(text_config(config).get("model_type")), {})
 
 
 def is_key_value(name: str) -> bool:

@@ -143,13 +143,6 @@ class RankPlan:
         everything, role = whole(module_format.shape), cut_role(name)
         ways = self.rank.expert_tp if is_expert else self.rank.tp
         number = self.rank.number % ways
-        if ways > 1 and name.endswith(".experts"):
-            raise ParallelismError(
-                f"the experts of a layer are in one tensor, and that is held whole, not by {ways} ranks",
-                tensor=name,
-                rule="ranks share out experts that are tensors of their own",
-                remedy="choose --tp 1 (and --dp), or take a checkpoint that holds every expert by itself",
-            )
         if role is None or ways == 1 or len(module_format.shape) > 2:
             return everything
         size = everything.rows[1] if role == "out" else everything.columns[1]
