@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,30 +66,39 @@ def test_stock_sglang_answers_alike_on_every_layout(
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("two") / "log"
-    with serving(log, *MIX, "--tp-size", "2", "--tokenizer-worker-num", "2") as server:
-        yield server.wait()
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("four") / "log"
+    with serving(log, *MIX, "--tp-size", "2", "--dp-size", "2", "--tokenizer-worker-num", "2") as server:
+        server.wait()
+        while log.read_text().count("Application startup complete") < 2:
+            time.sleep(0.05)
+        yield server
 
 
-def test_every_tokenizer_worker_reports_every_rank(two_ranks: Server) -> None:
-    def settled(report: dict[str, Any]) -> bool:
-        return all(rank["verification"]["state"] != "running" for rank in report["tensor_parallel_ranks"])
-
-    while not settled(http(f"{two_ranks.url}/mixed_precision?modules=false")):
+def test_every_tokenizer_worker_reports_every_rank(four_ranks: Server) -> None:
+    while "running" in states(http(f"{four_ranks.url}/mixed_precision?modules=false")):
         time.sleep(0.1)
-    # Each request is a new connection, which either worker may take.
-    for _ in range(20):
-        report = http(f"{two_ranks.url}/mixed_precision")
-        assert len(report.pop("modules")) == report["verification"]["modules"]
-        ranks = report.pop("tensor_parallel_ranks")
-        assert ranks[0] == report
-        assert [rank["rank"]["number"] for rank in ranks] == [0, 1]
-        assert {rank["verification"]["state"] for rank in ranks} == {"verified"}
+    with ThreadPoolExecutor(10) as clients:
+        # Each request is a new connection, which either worker may take.
+        reports = list(clients.map(http, [f"{four_ranks.url}/mixed_precision"] * 20))
+    for report in reports:
+        assert states(report) == ["verified"] * 4
+        (other,) = report.pop("data_parallel_ranks")
+        for number, group in enumerate([report, other]):
+            assert group["data_parallel_rank"] == number
+            assert len(group.pop("modules")) == group["verification"]["modules"]
+            ranks = group.pop("tensor_parallel_ranks")
+            assert ranks[0] == group
+            assert [rank["rank"]["number"] for rank in ranks] == [0, 1]
 
 
-def test_a_mix_on_two_ranks_answers_a_request(two_ranks: Server, prompts: list[list[int]]) -> None:
-    assert all(len(answer["output_ids"]) == 8 for answer in two_ranks.generate(prompts, **REQUEST))
+def states(report: dict[str, Any]) -> list[str]:
+    groups = [report, *report["data_parallel_ranks"]]
+    return [rank["verification"]["state"] for group in groups for rank in group["tensor_parallel_ranks"]]
+
+
+def test_a_mix_on_four_ranks_answers_requests(four_ranks: Server, prompts: list[list[int]]) -> None:
+    assert all(len(answer["output_ids"]) == 8 for answer in four_ranks.generate(prompts, **REQUEST))
 
 
 def node(log: Path, rank: int, address: str, *flags: str, first: str = "") -> Job:

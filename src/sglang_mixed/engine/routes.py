@@ -6,6 +6,7 @@ The question travels as SGLang's own GetInternalStateReq, marked by its request 
 from __future__ import annotations
 
 import asyncio
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ def get_internal_state(original: Callable[..., Any], scheduler: Any, request: An
         return original(scheduler, request)
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
-    report = _report(modules=question.endswith("modules"))
+    report = {"data_parallel_rank": scheduler.ps.dp_rank or 0, **_report(modules=question.endswith("modules"))}
     ranks = gather({key: value for key, value in report.items() if key != "modules"})
     return GetInternalStateReqOutput(
         internal_state={**report, "tensor_parallel_ranks": ranks} if len(ranks) > 1 else report
@@ -43,7 +44,7 @@ def _report(modules: bool) -> dict[str, Any]:
 
 
 async def ask_schedulers(modules: bool = True) -> list[dict[str, Any]]:
-    """The reports of all DP ranks, each with those of its TP ranks. Raises EngineError if one has none."""
+    """The reports of all DP ranks in order, each with those of its TP ranks. Raises EngineError if one has none."""
     from sglang.srt.managers.io_struct import GetInternalStateReq
 
     manager = state.tokenizer_manager or sys.modules[HTTP_SERVER].get_global_state().tokenizer_manager
@@ -54,7 +55,7 @@ async def ask_schedulers(modules: bool = True) -> list[dict[str, Any]]:
         for rank in report.get("tensor_parallel_ranks", [report]):
             if "error" in rank:
                 raise EngineError(f"a rank has no report: {rank['error']}")
-    return reports
+    return sorted(reports, key=operator.itemgetter("data_parallel_rank"))
 
 
 def launch_subprocesses(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
