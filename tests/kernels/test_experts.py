@@ -7,7 +7,7 @@ import torch
 from test_kernels import built
 
 from sglang_mixed.kernels import pack
-from sglang_mixed.kernels.experts import Expert, Linear, moe
+from sglang_mixed.kernels.experts import ACTIVATIONS, Biases, Expert, Linear, clamped_swiglu, moe
 
 HIDDEN, INTERMEDIATE, TOP_K = 128, 64, 2
 SQUARE = ("gptq4 64x128 g32 True v1 g_idx", "gptq4 64x128 g64 False v2 act")
@@ -50,7 +50,7 @@ def test_moe_is_the_plain_loop(rows: int, activation: str) -> None:
     ids = ids.to(torch.int32)
     ids[::3, 1] = -1
     weights = torch.rand(rows, TOP_K, generator=generator)
-    y = moe(x, ids, weights, made, activation)
+    y = moe(x, ids, weights, made, ACTIVATIONS[activation])
     expected = torch.zeros(rows, HIDDEN, dtype=torch.float64)
     for row in range(rows):
         for index, weight in zip(ids[row].tolist(), weights[row].tolist(), strict=True):
@@ -73,3 +73,23 @@ def test_only_chosen_experts_run() -> None:
     ids = torch.tensor([[0, 1], [-1, 0]])
     y = moe(torch.ones(2, HIDDEN).bfloat16(), ids, torch.ones(2, TOP_K), made)
     assert y.isfinite().all()
+
+
+def test_clamped_experts_with_biases_are_what_sglang_computes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    (gate, gate_weight), (up, up_weight), (down, down_weight) = (
+        random_linear(*shape, torch.bfloat16, seed)
+        for seed, shape in enumerate([(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)])
+    )
+    biases = Biases(*(torch.randn(size, generator=generator).bfloat16() for size in (INTERMEDIATE, INTERMEDIATE, 128)))
+    x = 4 * torch.randn(16, HIDDEN, generator=generator).bfloat16()
+    alpha, limit = 1.702, 3.0
+    expert = Expert([gate, up], down, biases)
+    y = moe(x, torch.zeros(16, 1, dtype=torch.int32), torch.ones(16, 1), [expert], clamped_swiglu(alpha, limit))
+    assert biases.gate is not None and biases.up is not None and biases.down is not None
+    gates = x.double() @ gate_weight.T + biases.gate.double()
+    ups = x.double() @ up_weight.T + biases.up.double()
+    assert (gates > limit).any() and (ups.abs() > limit).any()
+    gates, ups = gates.clamp(max=limit), ups.clamp(-limit, limit)
+    expected = (gates * torch.sigmoid(alpha * gates) * (ups + 1)) @ down_weight.T + biases.down.double()
+    assert (y.double() - expected).square().sum() <= 5e-5 * expected.square().sum()

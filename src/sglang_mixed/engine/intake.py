@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ..checkpoint import join
-from ..formats.base import ModuleFormat
+from ..formats.base import TORCH_DTYPES, ModuleFormat
 from ..formats.plain import PlainParameters
 from ..formats.slicing import Region, rebase
 from ..kernels.compressed import CompressedWeight, NamedPart, compress
@@ -53,11 +53,37 @@ class WeightPlace:
         self.weight.receive(self.part, self.local, rebase(self.local, tensor, self.format, self.held))
 
 
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """A bias that no parameter of SGLang's holds, this rank's rows of it as in the file."""
+
+    name: str
+    tensor: torch.Tensor
+
+    def destination(self) -> torch.Tensor:
+        """Itself."""
+        return self.tensor
+
+    def receive(self, tensor: torch.Tensor) -> None:
+        """It was read into place."""
+        assert tensor.data_ptr() == self.tensor.data_ptr()
+
+    def restore(self) -> dict[str, torch.Tensor]:
+        """Full checkpoint name -> tensor."""
+        return {self.name: self.tensor}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.tensor.nbytes
+
+
 class Intake:
     """The weights of one layer, each tensor of which arrives once."""
 
     def __init__(self) -> None:
         self.weights: list[CompressedWeight] = []
+        self.biases: list[Bias] = []
 
     def open(self, modules: Sequence[PlannedModule]) -> list[CompressedWeight]:
         """Expect these modules' tensors; returns the matrices they make, in order."""
@@ -74,6 +100,17 @@ class Intake:
             matrices.append(weight)
         self.weights += matrices
         return matrices
+
+    def open_bias(self, module: PlannedModule) -> torch.Tensor | None:
+        """Expect a module's bias; returns the tensor that it will be read to, None where there is none."""
+        if module.bias is None:
+            return None
+        loading, name = state.current_loading(), join(module.name, "bias")
+        begin, end = loading.plan.parts[module.name].wanted.rows
+        bias = Bias(name, torch.empty(end - begin, dtype=TORCH_DTYPES[module.bias]))
+        loading.expect(Line(module.name, None, None, "bias"), name, bias)
+        self.biases.append(bias)
+        return bias.tensor
 
 
 def _named_part(module: PlannedModule, part: Part) -> NamedPart:

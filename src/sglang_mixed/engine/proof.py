@@ -21,7 +21,7 @@ from ..kernels.compressed import CompressedWeight
 from ..memory import ModuleBytes, memory_stats, module_kind
 from ..plan import PlannedModule, RankPlan
 from ..stream import ReadLog, sha256, stream
-from .intake import Intake
+from .intake import Bias, Intake
 from .stock import StockParameters
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Proof:
 
     def __init__(self, plan: RankPlan, stock: StockParameters, log: ReadLog) -> None:
         self._plan, self._stock, self._log = plan, stock, log
-        self._weights: list[CompressedWeight] = []
+        self._weights: list[CompressedWeight | Bias] = []
         self._memory: dict[str, str] = {}
         self._file: dict[str, str] = {}
         self._casts: dict[str, str] = {}
@@ -46,7 +46,7 @@ class Proof:
         """The model was ready after `seconds`: measure it, then verify in the background."""
         for module in model.modules():
             intake = getattr(getattr(module, "quant_method", None), "intake", None)
-            self._weights += intake.weights if isinstance(intake, Intake) else []
+            self._weights += [*intake.weights, *intake.biases] if isinstance(intake, Intake) else []
         storages = [parameter.untyped_storage() for parameter in model.parameters()]
         self._parameter_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         self._seconds = seconds
@@ -114,6 +114,7 @@ class Proof:
                 "file": str(checkpoint.files[entry.file]),
                 "dtype": entry.dtype,
                 "shape": list(entry.shape),
+                **({"slice": entry.view.text} if entry.view else {}),
                 "sha256": self._file.get(name),
                 "memory_sha256": self._memory.get(name),
                 **({"held_as": self._casts[name]} if name in self._casts else {}),
