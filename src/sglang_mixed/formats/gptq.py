@@ -152,10 +152,11 @@ def is_gptq_layout(tensors: Mapping[str, TensorInfo]) -> bool:
 def zero_offset_from(
     reference: torch.Tensor | None, tensors: Mapping[str, torch.Tensor], parameters: GPTQParameters
 ) -> int:
-    """What to add to stored zero points, where the config does not tell: AutoRound writes both kinds under one tag.
+    """What to add to stored zero points, where the config does not tell.
 
-    (0.15.1 under `auto_round`: its model-free exports store zero - 1, which its own loader then misreads.) Of symmetric weights the zero points themselves show it; of others the reading that is near `reference` is right,
-    the weight [rows, in] before it was quantized (the first rows suffice). Raises FormatError where neither shows it.
+    (AutoRound 0.15.1 writes both kinds as `auto_round`: of model-free exports the tag is wrong.) Symmetric zero points
+    show it themselves; of others the reading near `reference` is right, the first rows or all of the weight [out, in]
+    before it was quantized. Raises FormatError where neither shows it.
     """
     rows, middle = tensors["scales"].shape[1], 1 << (parameters.bits - 1)
     stored = unpack(tensors["qzeros"], parameters.bits, 1)[:, :rows]
