@@ -14,7 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
+from sglang_mixed.cli.proof import every_rank, fetch_proof, print_proof
 from sglang_mixed.engine.cpu_parallel import parse_cores, ranks_on_host, share_cores, use_route_to
 
 from .comparison import REQUEST, differing_tokens, largest_difference
@@ -76,13 +78,12 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_every_tokenizer_worker_reports_every_rank(four_ranks: Server) -> None:
-    while "running" in states(http(f"{four_ranks.url}/mixed_precision?modules=false")):
-        time.sleep(0.1)
+    fetch_proof(four_ranks.url)
     with ThreadPoolExecutor(10) as clients:
         # Each request is a new connection, which either worker may take.
         reports = list(clients.map(http, [f"{four_ranks.url}/mixed_precision"] * 20))
     for report in reports:
-        assert states(report) == ["verified"] * 4
+        assert [rank["verification"]["state"] for rank in every_rank(report)] == ["verified"] * 4
         (other,) = report.pop("data_parallel_ranks")
         for number, group in enumerate([report, other]):
             assert group["data_parallel_rank"] == number
@@ -92,9 +93,10 @@ def test_every_tokenizer_worker_reports_every_rank(four_ranks: Server) -> None:
             assert [rank["rank"]["number"] for rank in ranks] == [0, 1]
 
 
-def states(report: dict[str, Any]) -> list[str]:
-    groups = [report, *report["data_parallel_ranks"]]
-    return [rank["verification"]["state"] for group in groups for rank in group["tensor_parallel_ranks"]]
+def test_the_printed_proof_has_a_line_for_every_rank(four_ranks: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    print_proof(fetch_proof(four_ranks.url), Console(width=200))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "bytes in memory" in line]
+    assert [line.partition(":")[0] for line in lines] == ["rank 0", "rank 1", "rank 2", "rank 3"]
 
 
 def test_a_mix_on_four_ranks_answers_requests(four_ranks: Server, prompts: list[list[int]]) -> None:

@@ -15,19 +15,26 @@ from ..errors import EngineError, ProofError
 
 
 def fetch_proof(url: str, seconds: float = 600) -> dict[str, Any]:
-    """The report of `GET /mixed_precision`, once the server has compared memory and files.
+    """The report of `GET /mixed_precision`, once every rank of the server has compared memory and files.
 
-    Raises EngineError if the server does not answer, ProofError if the comparison failed.
+    Raises EngineError if the server does not answer, ProofError if a comparison failed.
     """
     deadline = time.monotonic() + seconds
     while True:
         report = _get(f"{url.rstrip('/')}/mixed_precision")
-        verification = report["verification"]
-        if verification["state"] == "verified":
+        states = {rank["verification"]["state"] for rank in every_rank(report)}
+        if states == {"verified"}:
             return report
-        if verification["state"] == "failed" or time.monotonic() > deadline:
-            raise ProofError(f"the server's proof is {verification['state']}", file=url, remedy="see the server's log")
+        if "failed" in states or time.monotonic() > deadline:
+            state = "failed" if "failed" in states else "running"
+            raise ProofError(f"the server's proof is {state}", file=url, remedy="see the server's log")
         time.sleep(0.2)
+
+
+def every_rank(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The reports of all ranks: tensor-parallel ones within data-parallel ones."""
+    groups = [report, *report.get("data_parallel_ranks", [])]
+    return [rank for group in groups for rank in group.get("tensor_parallel_ranks", [group])]
 
 
 def _get(url: str) -> dict[str, Any]:
@@ -45,8 +52,15 @@ def _get(url: str) -> dict[str, Any]:
 
 
 def print_proof(report: dict[str, Any], console: Console) -> None:
-    """Totals by format, and the verdict."""
-    table = Table("format", "modules", "MiB", "MiB in 16 bits", title="weights in memory")
+    """Totals by format, and every rank's verdict."""
+    ranks = every_rank(report)
+    table = Table(
+        "format",
+        "modules",
+        "MiB",
+        "MiB in 16 bits",
+        title="weights in memory" + (" of rank 0" if len(ranks) > 1 else ""),
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for label, total in report["by_format"].items():
@@ -54,12 +68,15 @@ def print_proof(report: dict[str, Any], console: Console) -> None:
             label, f"{total['modules']:,}", *(f"{total[key] / 2**20:,.2f}" for key in ("bytes", "bf16_bytes"))
         )
     console.print(table)
-    verification = report["verification"]
-    console.print(
-        f"{report['weight_bytes']:,} bytes in memory, {report['planned_bytes']:,} planned, "
-        f"{report['bf16_bytes']:,} in 16 bits (ratio {report['compression_ratio']:.2f}); "
-        f"{report['bytes_read']:,} bytes read"
-    )
-    console.print(
-        f"{verification['verified']:,} of {verification['modules']:,} modules in memory have the SHA-256 of their files"
-    )
+    for number, rank in enumerate(ranks):
+        verification = rank["verification"]
+        console.print(
+            (f"rank {number}: " if len(ranks) > 1 else "")
+            + f"{rank['weight_bytes']:,} bytes in memory, {rank['planned_bytes']:,} planned, "
+            f"{rank['bf16_bytes']:,} in 16 bits (ratio {rank['compression_ratio']:.2f}); "
+            f"{rank['bytes_read']:,} bytes read"
+        )
+        console.print(
+            f"{verification['verified']:,} of {verification['modules']:,} modules in memory "
+            "have the SHA-256 of their files"
+        )
