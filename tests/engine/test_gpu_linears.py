@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.linear import LinearBase
 
 from sglang_mixed.engine import split_linear
 from sglang_mixed.engine.file_tensors import FileTensors
@@ -119,7 +118,19 @@ def test_sglangs_parameters_hold_the_file_s_weights_before_its_kernels_repack(
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("writer", [one for one in WRITERS if one != "fp8-tensor"])
+@pytest.mark.parametrize("writer", [one for one in WRITERS if one != "gptq-act-order"])
+def test_a_rank_s_columns_hold_its_columns_of_the_files(mapped: Mapped, writer: str) -> None:
+    plan = mapped(o=writer)
+    rank, (module,) = plan.rank(Rank(2, 1, 1)), parts(plan.rank(), "o")
+    method, layer = SplitLinear([module]), torch.nn.Module()
+    fill(rank, lambda: method.create_weights(layer, ROWS // 2, [HIDDEN], ROWS, HIDDEN, torch.float32))
+    method.process_weights_after_loading(layer)
+    expected = plan.checkpoints[module.source].dequantize(module.name)[:, ROWS // 2 :].double()
+    assert torch.allclose(decoded(method.runs[0]), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("writer", WRITERS)
 def test_neighbours_that_agree_stay_one_matrix(mapped: Mapped, writer: str) -> None:
     plan = mapped(q="bf16", k=writer, v=writer)
     method, layer = fill(plan.rank(), lambda: qkv(plan.rank()))
@@ -172,7 +183,7 @@ def test_parameters_without_padding_are_the_planned_bytes(mapped: Mapped, writer
 
 
 def stock(plan: RankPlan) -> StockMethods:
-    return StockMethods(plan, {})
+    return StockMethods(plan)
 
 
 def parts(plan: RankPlan, *names: str) -> list[Any]:
@@ -185,23 +196,32 @@ def parts(plan: RankPlan, *names: str) -> list[Any]:
         ({"q": "bf16", "k": "bf16", "v": "bf16"}, False),
         ({"q": "bf16", "k": "bf16", "v": "int8"}, True),
         ({"q": "bf16", "k": "int8", "v": "bf16"}, True),
+        ({"q": "gptq", "k": "gptq", "v": "gptq"}, True),
         ({"q": "fp8-inverse", "k": "fp8-inverse", "v": "fp8-inverse"}, True),
     ],
 )
 def test_all_parts_decide_not_the_first(mapped: Mapped, formats: Mapping[str, str], splits: bool) -> None:
     rank = mapped(**formats).rank()
-    layer = LinearBase(HIDDEN, 3 * ROWS)
     with loading(rank):
-        method = stock(rank).linear(layer, f"{ATTENTION}.qkv_proj", parts(rank, "q", "k", "v"))
+        method = stock(rank).linear(f"{ATTENTION}.qkv_proj", parts(rank, "q", "k", "v"))
     assert isinstance(method, SplitLinear) == splits
 
 
 def test_a_cut_inside_a_block_names_the_sizes_that_work(mapped: Mapped) -> None:
     rank = mapped(o="fp8-wide").rank(Rank(4, 1, 1))
     with pytest.raises(ParallelismError) as caught:
-        stock(rank).linear(LinearBase(64, HIDDEN), f"{ATTENTION}.o_proj", parts(rank, "o"))
+        stock(rank).linear(f"{ATTENTION}.o_proj", parts(rank, "o"))
     assert "--tp-size 4 gives a rank columns 64 to 128 of 256, inside a unit of FP8 128x128" in str(caught.value)
     assert "choose --tp-size of 1, 2" in str(caught.value) and f"{ATTENTION}.o_proj" in str(caught.value)
+
+
+def test_a_share_that_no_tile_divides_names_the_sizes_that_work(mapped: Mapped) -> None:
+    rank = mapped(o="gptq-act-order").rank(Rank(4, 1, 1))
+    with loading(rank), pytest.raises(ParallelismError) as caught:
+        method = SplitLinear(parts(rank, "o"))
+        method.create_weights(torch.nn.Module(), 64, [HIDDEN], ROWS, HIDDEN, torch.bfloat16)
+    assert "--tp-size 4 leaves 128 x 64 of a GPTQ int4 g32 act-order weight of 128 x 256" in str(caught.value)
+    assert "64 rows and 128 columns" in str(caught.value) and "choose --tp-size of 1, 2," in str(caught.value)
 
 
 def test_formats_without_a_kernel_are_refused_at_once_and_by_name(mapped: Mapped) -> None:

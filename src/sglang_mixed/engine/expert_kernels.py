@@ -44,10 +44,8 @@ class ExpertKernel(Protocol):
         """File tensors -> the kernel's. Of down's columns all but those in `kept` are made to weigh nothing."""
         ...
 
-    def quant_info(
-        self, tensors: Mapping[str, torch.Tensor], formats: ExpertFormats, expert_map: torch.Tensor | None
-    ) -> MoeQuantInfo:
-        """What SGLang's runner wants. `expert_map` is given where ids of -1 occur."""
+    def quant_info(self, tensors: Mapping[str, torch.Tensor], formats: ExpertFormats, has_others: bool) -> MoeQuantInfo:
+        """What SGLang's runner wants. With `has_others` ids of -1 occur: experts of other groups and ranks."""
         ...
 
 
@@ -84,9 +82,7 @@ class TritonExperts:
                 tensors[f"{name}_input_scale"] = files["input_scale"]
         return tensors
 
-    def quant_info(
-        self, tensors: Mapping[str, torch.Tensor], formats: ExpertFormats, expert_map: torch.Tensor | None
-    ) -> MoeQuantInfo:
+    def quant_info(self, tensors: Mapping[str, torch.Tensor], formats: ExpertFormats, has_others: bool) -> MoeQuantInfo:
         """The kernel skips ids of -1 by itself where the runner's config tells of other experts."""
         one = formats.gate_up
         flags: dict[str, Any] = {}
@@ -135,10 +131,8 @@ class MarlinExperts:
             tensors |= {f"{name}_{key}": tensor for key, tensor in _repack(source, p.bits).items()}
         return tensors
 
-    def quant_info(
-        self, tensors: Mapping[str, torch.Tensor], formats: ExpertFormats, expert_map: torch.Tensor | None
-    ) -> MoeQuantInfo:
-        """Without a map (any tensor) the kernel would run expert -1."""
+    def quant_info(self, tensors: Mapping[str, torch.Tensor], formats: ExpertFormats, has_others: bool) -> MoeQuantInfo:
+        """Without an expert map the kernel would run expert -1; with one it takes a path that leaves it out."""
         number = tensors["w13_qweight"].shape[0]
         empty = tensors["w13_qweight"].new_empty((number, 0))
         order = {
@@ -157,7 +151,7 @@ class MarlinExperts:
             w2_qzeros=tensors.get("w2_qzeros"),
             weight_bits=p.bits,
             is_k_full=not (cut and getattr(p, "act_order", False)),
-            expert_map=expert_map,
+            expert_map=torch.arange(number, dtype=torch.int32, device=empty.device) if has_others else None,
             global_num_experts=number,
             **order,
         )

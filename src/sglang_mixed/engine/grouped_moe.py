@@ -59,15 +59,15 @@ class ExpertGroup(Converted):
         """The files' layout gives way to the kernel's."""
         self.adopt(self.kernel.prepare(self.w13.take(), self.w2.take(), self.formats, self._kept, self._dtype))
         self.note_padding()
+        tensors = dict(self.named_parameters(recurse=False))
+        self._info = self.kernel.quant_info(tensors, self.formats, self._has_others)
 
     def run(self, dispatch_output: StandardDispatchOutput, ids: torch.Tensor) -> torch.Tensor:
         """Weighted sums [tokens, hidden] over this group's experts; ids [tokens, top-k] count within it or are -1."""
         assert self.runner is not None
-        tensors = dict(self.named_parameters(recurse=False))
-        info = self.kernel.quant_info(tensors, self.formats, ids if self._has_others else None)
         topk_output = dispatch_output.topk_output._replace(topk_ids=ids)
         own = StandardDispatchOutput(dispatch_output.hidden_states, None, topk_output)
-        output: torch.Tensor = self.runner.run(own, info).hidden_states
+        output: torch.Tensor = self.runner.run(own, self._info).hidden_states
         return output
 
 

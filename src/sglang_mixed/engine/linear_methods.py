@@ -11,16 +11,17 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from ..errors import UnsupportedError
+from ..errors import ParallelismError, UnsupportedError
 from ..formats import ModuleFormat, get_format
 from ..plan import PlannedModule
-from . import marlin
+from . import marlin, state
 from .expert_kernels import row_scales
 
 Tensors = dict[str, torch.Tensor]
 #: File tensors [1, ...], the parts' format, their rows, the activations' dtype -> the method's parameters.
 Convert = Callable[[Mapping[str, torch.Tensor], ModuleFormat, Sequence[int], torch.dtype], Tensors]
 
+REMEDY = "map these modules to a source in another format, or serve on the CPU"
 #: What Marlin's tiles divide.
 MARLIN_ROWS, MARLIN_COLUMNS = 64, 128
 
@@ -35,15 +36,27 @@ class LinearRecipe:
 
 
 def recipe_for(parts: Sequence[PlannedModule], rows: Sequence[int], columns: int) -> LinearRecipe:
-    """The recipe for parts that are one matrix. Raises UnsupportedError where SGLang has no kernel for it."""
-    module_format = parts[0].format
-    reason = why_not(module_format) or _why_not_shape(module_format, sum(rows), columns)
-    if reason:
-        raise UnsupportedError(
-            f"SGLang has no kernel here for {get_format(module_format.name).label(module_format.parameters)}",
-            tensor=", ".join(part.name for part in parts),
+    """The recipe for parts that are one matrix of this size on this rank.
+
+    Raises UnsupportedError where SGLang has no kernel for it, ParallelismError where it has none for this rank's share.
+    """
+    module_format, names = parts[0].format, ", ".join(part.name for part in parts)
+    label = get_format(module_format.name).label(module_format.parameters)
+    shape = sum(part.format.shape[0] for part in parts), module_format.shape[1]
+    if reason := why_not(module_format) or _why_not_shape(module_format, *shape):
+        raise UnsupportedError(f"SGLang has no kernel here for {label}", tensor=names, rule=reason, remedy=REMEDY)
+    if reason := _why_not_shape(module_format, sum(rows), columns):
+        ways = state.current_loading().plan.rank.tp
+        is_cut = sum(rows) < shape[0], columns < shape[1]
+        shares = {
+            n: [size // n if cut else size for size, cut in zip(shape, is_cut, strict=True)] for n in range(1, ways)
+        }
+        fitting = [str(n) for n, share in shares.items() if ways % n == 0 and not _why_not_shape(module_format, *share)]
+        raise ParallelismError(
+            f"--tp-size {ways} leaves {sum(rows)} x {columns} of a {label} weight of {shape[0]} x {shape[1]}",
+            tensor=names,
             rule=reason,
-            remedy="map these modules to a source in another format, or serve on the CPU",
+            remedy=f"choose --tp-size of {', '.join(fitting)}, or {REMEDY}",
         )
     return _recipe(module_format)
 

@@ -35,7 +35,7 @@ class MixedPrecisionQuantization(QuantizationConfig):
     def _stock(self) -> StockMethods | None:
         if runs_on_torch_cpu():
             return None
-        return StockMethods(self._loading.plan, self.packed_modules_mapping)
+        return StockMethods(self._loading.plan)
 
     @cached_property
     def _parents(self) -> set[str]:
@@ -90,18 +90,18 @@ class MixedPrecisionQuantization(QuantizationConfig):
         if isinstance(layer, FusedMoE):
             return self._moe_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            return self._linear_method(layer, prefix)
+            return self._linear_method(prefix)
         return None
 
     def update_packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
-        """Some models tell which of their layers are fused; every source's config must know."""
+        """Some models tell which of their layers are fused; their parts are known here by name."""
         self.packed_modules_mapping.update(mapping)
 
-    def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase:
+    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         parts = [self._module(name) for _, name in fused_parts(prefix, self._planned)]
         if self._stock is None:
             return CPULinearMethod(parts)
-        return self._stock.linear(layer, prefix, parts)
+        return self._stock.linear(prefix, parts)
 
     def _moe_method(self, layer: FusedMoE, prefix: str) -> QuantizeMethodBase | None:
         if prefix in self._planned:

@@ -119,9 +119,15 @@ def runs_of(parts: Sequence[PlannedModule]) -> Iterator[tuple[int, int]]:
     begin = 0
     for end in range(1, len(parts) + 1):
         alike = end < len(parts) and are_alike(parts[begin].format, parts[end].format)
-        if not (alike and fuse(formats[begin : end + 1])):
+        # A tensor's one scale becomes one a row.
+        joins = alike and (_is_by_tensor(parts[begin]) or fuse(formats[begin : end + 1]))
+        if not joins:
             yield begin, end
             begin = end
+
+
+def _is_by_tensor(part: PlannedModule) -> bool:
+    return getattr(part.format.parameters, "granularity", None) == "tensor"
 
 
 def _rows(part: PlannedModule) -> int:
