@@ -10,7 +10,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ class Family:
     plain: Shapes
     dense: Shapes | None = None
     dense_plain: Shapes | None = None
+    #: Layers past the last, which predict further tokens and which SGLang leaves aside.
+    extra: Shapes = field(default_factory=dict)
 
     def full_config(self) -> dict[str, Any]:
         """config.json without a quantization."""
@@ -144,6 +146,19 @@ class Family:
         return {**norms, **(self.dense_plain or {} if is_dense else self.plain)}
 
 
+#: What the layer for the next token but one has on the hub, its attention and experts left out.
+NEXT_TOKEN: Shapes = {
+    f"model.layers.{LAYERS}.{name}.weight": shape
+    for name, shape in {
+        "embed_tokens": (VOCABULARY, HIDDEN),
+        "enorm": (HIDDEN,),
+        "hnorm": (HIDDEN,),
+        "eh_proj": (HIDDEN, 2 * HIDDEN),
+        "shared_head.norm": (HIDDEN,),
+        "shared_head.head": (VOCABULARY, HIDDEN),
+        "mlp.experts.0.up_proj": (EXPERT_WIDTH, HIDDEN),
+    }.items()
+}
 QUERY = {"self_attn.q_proj": (HEADS * (NOPE + ROPE), HIDDEN)}
 LOW_RANK_QUERY = {
     "self_attn.q_a_proj": (Q_LORA, HIDDEN),
@@ -221,12 +236,13 @@ FAMILIES: dict[str, Family] = {
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
             "norm_topk_prob": True,
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": 1,
         },
         {**LOW_RANK_QUERY, **LATENT, **ROUTED, **SHARED},
         {**LOW_RANK_NORMS, **ROUTER, **CORRECTION},
         {**LOW_RANK_QUERY, **LATENT, **DENSE},
         LOW_RANK_NORMS,
+        extra=NEXT_TOKEN,
     ),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
@@ -244,11 +260,13 @@ FAMILIES: dict[str, Family] = {
             "topk_group": 1,
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
+            "num_nextn_predict_layers": 1,
         },
         {**HEADS_ATTENTION, **ROUTED, **gated("mlp.shared_experts", EXPERT_WIDTH)},
         {**QKV_BIASES, **QUERY_NORMS, **ROUTER, **CORRECTION},
         {**HEADS_ATTENTION, **DENSE},
         {**QKV_BIASES, **QUERY_NORMS},
+        extra=NEXT_TOKEN,
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
@@ -288,7 +306,7 @@ def plain_tensors(family: Family) -> dict[str, torch.Tensor]:
         shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
     for layer in range(LAYERS):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in family.others(layer).items()}
-    return {name: _plain_tensor(name, shape) for name, shape in shapes.items()}
+    return {name: _plain_tensor(name, shape) for name, shape in {**shapes, **family.extra}.items()}
 
 
 def _plain_tensor(name: str, shape: Shape) -> torch.Tensor:

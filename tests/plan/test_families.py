@@ -149,3 +149,10 @@ def test_heads_that_rows_are_made_of() -> None:
     assert families.heads_field("model.layers.0.self_attn.kv_b_proj") == "num_attention_heads"
     assert families.heads_field("model.layers.0.self_attn.v_proj") == "num_key_value_heads"
     assert families.heads_field("model.layers.0.mlp.up_proj") is None
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_layers_that_predict_further_tokens_are_left_aside(name: str) -> None:
+    family = FAMILIES[name]
+    extra = {tensor.removesuffix(".weight") for tensor in family.extra}
+    assert never_loaded([*module_names(family), *extra], family.full_config()) == extra != set()

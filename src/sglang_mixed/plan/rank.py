@@ -16,7 +16,7 @@ from ..checkpoint import Ranges, Read, join
 from ..errors import ParallelismError
 from ..formats import ModuleFormat
 from ..formats.slicing import Range, Region, cut, tensor_ranges, whole, widen
-from .families import cut_role, expert_of, is_key_value, is_vocabulary, num_experts, text_config
+from .families import cut_role, expert_of, heads_field, is_key_value, is_vocabulary, num_experts, text_config
 from .size import in_16_bits, item_bytes, resident
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 #: SGLang fills a vocabulary up to a multiple of this before it cuts it.
 VOCABULARY_UNIT = 64
-#: Projections whose rows are attention heads.
-_BY_HEADS = frozenset(("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +165,7 @@ class RankPlan:
 
     def _head_rows(self, name: str, size: int) -> int:
         """Rows that are cut only together: those of one attention head."""
-        last = name.rpartition(".")[2]
-        key = "num_key_value_heads" if is_key_value(name) else "num_attention_heads"
-        heads = self._config.get(key) if last in _BY_HEADS else None
+        heads = self._config.get(heads_field(name) or "")
         return size // heads if isinstance(heads, int) and heads and size % heads == 0 else 1
 
 
