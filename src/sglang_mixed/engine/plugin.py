@@ -23,6 +23,7 @@ def register() -> None:
         f"{worker_path}.update_weights_from_disk": loader.update_weights,
         f"{worker_path}.update_weights_from_distributed": loader.update_weights,
         f"{worker_path}.update_weights_from_tensor": loader.update_weights,
+        f"{worker_path}.update_weights_from_ipc": loader.update_weights,
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state": routes.get_internal_state,
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": routes.launch_subprocesses,
         "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
