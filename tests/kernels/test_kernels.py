@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ Build = Callable[[np.random.Generator], packers.Packed]
 CASES: dict[str, tuple[str, Build]] = {}
 
 BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+MXFP8 = {**BLOCK, "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
 INVERSE = {
     "quant_method": "fp8",
     "weight_scale_method": "row",
@@ -129,8 +131,10 @@ def eight_bit_cases() -> None:
             ("fp8 inverse", "fp8", (1, c), (o,), INVERSE, {"inverse": True}),
             ("fp8 128x128", "fp8", (128, 128), grid, BLOCK, {}),
             ("fp8 128x128 bf16", "fp8", (128, 128), grid, BLOCK, {"scale_dtype": torch.bfloat16}),
+            ("fp8 128x128 e8m0", "fp8", (128, 128), grid, BLOCK, {"scale_dtype": torch.float8_e8m0fnu}),
+            ("mxfp8", "fp8", (1, 32), (o, -(-c // 32)), MXFP8, {"scale_dtype": torch.float8_e8m0fnu}),
             ("fp8 64x32", "fp8", (64, 32), (-(-o // 64), -(-c // 32)), {**BLOCK, "weight_block_size": [64, 32]}, {}),
-            ("fp8 1x128", "chunked", (1, 128), (o, grid[1]), {**BLOCK, "weight_block_size": [1, 128]}, {}),
+            ("fp8 1x128", "fp8", (1, 128), (o, grid[1]), {**BLOCK, "weight_block_size": [1, 128]}, {}),
         ):
             CASES[f"{name} {o}x{c}"] = (
                 kernel,
@@ -336,6 +340,17 @@ def test_uneven_act_order_groups_go_to_the_fallback() -> None:
     assert kernel.name == "chunked"
     x = torch.randn(3, 128, generator=generator).bfloat16()
     check_product(kernel.linear(x, resident, format), x, module.reference)
+
+
+def test_a_part_of_act_orders_columns_goes_to_the_fallback() -> None:
+    module, format, generator = built("gptq4 64x128 g32 True v1 act")
+    module.tensors["qweight"], module.tensors["g_idx"] = module.tensors["qweight"][:8], module.tensors["g_idx"][:64]
+    module.reference = module.reference[:, :64]
+    part = replace(format, parameters=replace(format.parameters, num_groups=4), shape=(64, 64))
+    assert cpu_kernel(part).name == "chunked"
+    kernel, resident = check_memory(module, part)
+    x = torch.randn(3, 64, generator=generator).bfloat16()
+    check_product(kernel.linear(x, resident, part), x, module.reference)
 
 
 def test_the_registry_says_what_exists() -> None:

@@ -133,6 +133,6 @@ def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
+        return f"{platform.machine()} {platform.processor()}"
     told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
-    return "\n".join([platform.machine(), platform.processor(), *told])
+    return "\n".join([platform.machine(), *told])

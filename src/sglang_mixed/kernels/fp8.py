@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..errors import FormatError
 from ..formats import ModuleFormat
 from ..formats.fp8 import FP8Parameters
+from ..formats.scaled import scale_values
 from . import native
 from .base import FileLayout, Tensors
 from .compiled import available
@@ -24,22 +25,21 @@ from .panels import STRIP_VALUES, linear_by_panels, spans
 FEW_ROWS = 4
 #: Values decoded at once for them: calls cost more than leaving the second-level cache.
 FEW_ROWS_STRIP = 1 << 19
-#: Scales are spread over columns once per call; smaller row blocks would make that a copy of W.
+#: Few rows meet the scales of a block of rows before W; smaller blocks would make that a product each.
 MIN_BLOCK_ROWS = 32
 #: To float16 and bfloat16: factor that shifts, and which bits that the widened sign filled then go.
 TO_FP16, TO_BF16 = (1 << 7, ~0x4000), (1 << 4, ~0x7800)
 
 
 class FP8(FileLayout):
-    """FP8 per tensor, per channel or in blocks."""
+    """FP8 per tensor, per channel or in blocks of any size, MXFP8's too."""
 
     name = "fp8"
     takes_bias = False
 
     def takes(self, format: ModuleFormat) -> bool:
-        """e4m3 matrices, but for blocks of very few rows."""
-        block = format.name == "fp8" and format.parameters.block
-        return format.name == "fp8" and (not block or block[0] >= MIN_BLOCK_ROWS)
+        """All of FP8."""
+        return format.name == "fp8"
 
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """The tensors as they are, if no weight is NaN."""
@@ -50,6 +50,8 @@ class FP8(FileLayout):
         """Compiled; else few bf16 rows: scales folded into x; more rows or another dtype: panels."""
         p: FP8Parameters = format.parameters
         weight, scale = resident["weight"].view(torch.int8), resident[p.scale_name]
+        if scale.dtype not in native.FLOAT_TYPES:
+            scale = scale_values(scale)
         if native.takes(x):
             height, width = p.block or (1 if scale.numel() > 1 else len(weight), x.shape[1])
             return native.Octets(native.FP8, weight, scale, height, width, p.inverse).linear(x)
@@ -58,10 +60,11 @@ class FP8(FileLayout):
         if p.block is None:
             y = _few_rows(weight, x.float()[None], len(weight)) if few else _by_panels(x, weight).float()
             return y.mul_(scale.reshape(-1)).to(x.dtype)
-        spread = _spread(scale, p.block[1], x.shape[1])
-        if few:
-            return _few_rows(weight, x.float() * spread[:, None], p.block[0]).to(x.dtype)
-        return _by_scaled_panels(x, weight, spread, p.block[0])
+        if few and p.block[0] >= MIN_BLOCK_ROWS:
+            return _few_rows(weight, x.float() * _spread(scale, p.block[1], x.shape[1])[:, None], p.block[0]).to(
+                x.dtype
+            )
+        return _by_scaled_panels(x, weight, scale * 256, p.block)
 
 
 def refuse_nan(weight: torch.Tensor) -> None:
@@ -123,19 +126,24 @@ def _by_panels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return linear_by_panels(x, (weight.shape[0], weight.shape[1]), decode)
 
 
-def _by_scaled_panels(x: torch.Tensor, weight: torch.Tensor, spread: torch.Tensor, block: int) -> torch.Tensor:
-    """x times e4m3 values times `spread` float32 [blocks, in]; scales rounded to bf16 would cost as much as W's."""
-    spread, strip = spread * 256, max(1, STRIP_VALUES // weight.shape[1])
-    buffer, wide = torch.empty(strip, weight.shape[1], dtype=torch.int16), torch.empty(strip, weight.shape[1])
+def _by_scaled_panels(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """x times e4m3 values / 256 times block scales, which rounded to bf16 would cost as much as W's rounding."""
+    (out_features, columns), (height, width) = weight.shape, block
+    strip = max(1, STRIP_VALUES // columns)
+    buffer, wide = torch.empty(strip, columns, dtype=torch.int16), torch.empty(strip, columns)
 
     def decode(start: int, stop: int, target: torch.Tensor) -> None:
         codes, values = buffer[: stop - start], wide[: stop - start]
         values.copy_(_shift(weight[start:stop], codes, TO_FP16).view(torch.float16))
-        for index in range(start // block, (stop - 1) // block + 1):
-            values[max(0, index * block - start) : (index + 1) * block - start].mul_(spread[index])
-        target.copy_(values)
+        low, high = start // height, -(-stop // height)
+        factors = _spread(scale[low:high], width, columns)
+        if high - low > 1:
+            factors = factors.repeat_interleave(height, 0)[start - low * height : stop - low * height]
+        target.copy_(values.mul_(factors))
 
-    return linear_by_panels(x, (weight.shape[0], weight.shape[1]), decode, strip)
+    return linear_by_panels(x, (out_features, columns), decode, strip)
 
 
 def _shift(octets: torch.Tensor, target: torch.Tensor, how: tuple[int, int]) -> torch.Tensor:
