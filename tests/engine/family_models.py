@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from sglang_mixed.checkpoint.fused_experts import LAYOUTS, PROJECTIONS
+
 sys.path.append(str(Path(__file__).parents[1] / "formats"))
 import packers
 
@@ -128,6 +130,8 @@ class Family:
     plain: Shapes
     dense: Shapes | None = None
     dense_plain: Shapes | None = None
+    #: Its 16-bit checkpoints hold all experts of a layer in one tensor.
+    fused: bool = False
     #: Layers past the last, which predict further tokens and which SGLang leaves aside.
     extra: Shapes = field(default_factory=dict)
 
@@ -282,18 +286,16 @@ FAMILIES: dict[str, Family] = {
             "hidden_act_alpha": 1.702,
             "rope_scaling": {**YARN, "truncate": False},
         },
-        HEADS_ATTENTION,
+        {**HEADS_ATTENTION, **ROUTED},
         {
             **QKV_BIASES,
             "self_attn.o_proj.bias": (HIDDEN,),
             "self_attn.sinks": (HEADS,),
             "mlp.router.weight": (EXPERTS, HIDDEN),
             "mlp.router.bias": (EXPERTS,),
-            "mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * EXPERT_WIDTH),
-            "mlp.experts.gate_up_proj_bias": (EXPERTS, 2 * EXPERT_WIDTH),
-            "mlp.experts.down_proj": (EXPERTS, EXPERT_WIDTH, HIDDEN),
-            "mlp.experts.down_proj_bias": (EXPERTS, HIDDEN),
+            **{f"{name}.bias": shape[:1] for name, shape in ROUTED.items()},
         },
+        fused=True,
     ),
 }
 
@@ -330,7 +332,30 @@ def write_family(folder: Path, family: str | Family, pack: Pack = plain, factor:
             for tensor_name, tensor in packed.tensors.items():
                 is_scale = tensor_name in ("scales", "weight_scale", "weight_scale_inv") or not packed.config
                 tensors[f"{module}.{tensor_name}"] = tensor * factor if is_scale else tensor
+    if family.fused and not quantization:
+        tensors = fuse_experts(tensors, family.model_type)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     extra = {"quantization_config": quantization} if quantization else {}
     (folder / "config.json").write_text(json.dumps({**family.full_config(), **extra}))
     return folder
+
+
+def fuse_experts(tensors: Mapping[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """The tensors with all experts of a layer in one, as checkpoints of this family have them."""
+    layout, found, parts = LAYOUTS[model_type], {}, {}
+    for name, tensor in tensors.items():
+        owner, inside, rest = name.partition(".experts.")
+        if inside:
+            expert, projection, local = rest.split(".")
+            parts.setdefault((f"{owner}.experts", local), {})[int(expert), projection] = tensor
+        else:
+            found[name] = tensor
+    for (owner, local), matrices in parts.items():
+        for fused, projections in PROJECTIONS.items():
+            together = []
+            for expert in range(1 + max(number for number, _ in matrices)):
+                rows = [matrices[expert, projection] for projection in projections]
+                matrix = torch.stack(rows, 1).flatten(0, 1) if layout.interleaved else torch.cat(rows)
+                together.append(matrix.T if layout.transposed and local == "weight" else matrix)
+            found[f"{owner}.{fused}" + ("" if local == "weight" else f"_{local}")] = torch.stack(together)
+    return found

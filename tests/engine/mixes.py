@@ -99,6 +99,7 @@ MODELS: dict[str, Family] = {
     "qwen3_moe, 5 experts, top-1": with_experts(FAMILIES["qwen3_moe"], 5, 128, 1),
     "qwen3_moe, 12 experts, top-8": with_experts(FAMILIES["qwen3_moe"], 12, 128, 8),
     "qwen3_moe, 96 wide": with_experts(FAMILIES["qwen3_moe"], 8, 96, 2),
+    "qwen3_moe, experts fused in 16 bits": replace(FAMILIES["qwen3_moe"], fused=True),
 }
 
 

@@ -15,6 +15,7 @@ from sglang_mixed.formats import get_format
 from sglang_mixed.plan import Plan, make_plan
 
 from .comparison import REQUEST, differing_tokens, held_out_prompts, largest_difference, random_prompts
+from .family_models import fuse_experts
 from .launch import TINY, Engine
 
 # Prompts are token ids.
@@ -34,9 +35,11 @@ def write_reference(plan: Plan, folder: Path) -> Path:
         tensors[f"{module.name}.weight"] = weight.to(torch.bfloat16)
         if "bias" in module.tensors:
             tensors[f"{module.name}.bias"] = stored["bias"]
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     base = plan.sources[plan.base]
     config = json.loads((base / "config.json").read_text())
+    if config["model_type"] == "gpt_oss":  # the only one that SGLang takes in no other way
+        tensors = fuse_experts(tensors, "gpt_oss")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     config.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

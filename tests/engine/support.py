@@ -37,6 +37,10 @@ ROWS = [
     Row("qwen3_moe, 5 experts, top-1", "TP 2", ALL),
     Row("qwen3_moe, 12 experts, top-8", "TP 2, EP 2", ALL),
     Row("qwen3_moe, 96 wide", "TP 2", ALL),
+    Row("gpt_oss", "TP 2", ALL),
+    Row("gpt_oss", "TP 2, EP 2", ALL),
+    Row("qwen3_moe, experts fused in 16 bits", "one rank", ALL),
+    Row("qwen3_moe, experts fused in 16 bits", "TP 2, EP 2", ALL),
 ]
 
 
@@ -51,9 +55,11 @@ def table() -> str:
         "apart, memory holds the planned bytes on every rank, and its SHA-256 are those of the files.",
         "`tests/engine/test_support.py` runs every row.",
         "",
-        f'"everything differs" takes {len(SOURCES)} sources in turn ({", ".join(SOURCES)}): every expert\'s gate, up and',
-        'down, and every part of a fused matrix, has another source than its neighbours. "three formats" gives half of',
-        "the experts to FP8 and the others to GPTQ but for one in INT8, so that an EP rank lacks a format.",
+        f'"everything differs" takes {len(SOURCES)} sources in turn ({", ".join(SOURCES)}):',
+        "every expert's gate, up and down, and every part of a fused matrix, has another source than its neighbours.",
+        '"three formats" gives half of the experts to FP8 and the others to GPTQ but for one in INT8, so that an EP',
+        "rank lacks a format. The 16-bit source of GPT-OSS holds all experts of a layer in one tensor, and so do those",
+        "that say so.",
         "",
         "| model | layout | mix |",
         "| --- | --- | --- |",

@@ -21,11 +21,11 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def clamped_swiglu(alpha: float, limit: float) -> Activation:
-    """GPT-OSS's: gate at most `limit`, up within it, gate * sigmoid(alpha * gate) * (up + 1), rounded once."""
+    """GPT-OSS's: gate at most `limit`, up within it, gate * sigmoid(alpha * gate) * (up + 1), each step rounded."""
 
     def activate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        bounded = gate.float().clamp(max=limit)
-        return (bounded * torch.sigmoid(bounded * alpha) * (up.float().clamp(-limit, limit) + 1)).to(gate.dtype)
+        gate = gate.clamp_(max=limit)
+        return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.clamp_(-limit, limit).add_(1))
 
     return activate
 
