@@ -189,7 +189,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, bound: float = 1e-
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2)])
 @pytest.mark.parametrize("writer", ["bf16", *WRITERS])
 def test_an_expert_alone_in_its_format_counts_with_a_stand_in_for_the_kernel(
     mapped: Mapped, writer: str, tp: int, ep: int
@@ -240,7 +240,7 @@ def test_a_rank_without_an_expert_of_a_format_has_no_group_for_it(mapped: Mapped
     assert groups == [["gptq"], ["int8", "plain"]]
 
 
-@pytest.mark.parametrize(("tp", "ep", "number"), [(1, 1, 0), (2, 1, 1), (2, 2, 1), (4, 1, 2)])
+@pytest.mark.parametrize(("tp", "ep", "number"), [(1, 1, 0), (4, 2, 3)])
 @pytest.mark.parametrize("writer", ["bf16", *WRITERS])
 def test_what_lies_in_memory_has_the_files_hashes(mapped: Mapped, writer: str, tp: int, ep: int, number: int) -> None:
     rank = rank_of(mapped(["int8", writer, "bf16", writer]), tp, ep, number)
@@ -254,7 +254,7 @@ def test_what_lies_in_memory_has_the_files_hashes(mapped: Mapped, writer: str, t
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (4, 1)])
 @pytest.mark.parametrize("writer", ["bf16", *WRITERS])
 def test_parameters_without_padding_are_the_planned_bytes(mapped: Mapped, writer: str, tp: int, ep: int) -> None:
     rank = rank_of(mapped(["int8", writer, writer, writer]), tp, ep)
@@ -280,7 +280,7 @@ def test_the_files_layout_is_given_up_when_the_kernels_take_over(mapped: Mapped)
 def test_swapped_experts_are_noticed_with_a_stand_in_for_the_kernel(mapped: Mapped) -> None:
     plan = mapped(["gptq", "gptq", "bf16", "int8"])
     with pytest.raises(AssertionError, match="normalized squared error"):
-        assert_close(compute(plan, IDS[:, [1, 0]].flip(1).roll(1, 0)), reference(plan, IDS))
+        assert_close(compute(plan, torch.where(IDS < 2, 1 - IDS, IDS)), reference(plan, IDS))
 
 
 def test_a_zero_point_that_the_config_denies_is_refused(mapped: Mapped, tmp_path: Path) -> None:

@@ -122,7 +122,9 @@ class MixedMoE(FusedMoEMethodBase):
         in_groups = layer.get_buffer("ids_in_groups")[:, ids]  # -1 looks into the last column
         output = self.groups[0].run(dispatch_output, in_groups[0])
         for group, own in zip(self.groups[1:], in_groups[1:], strict=True):
-            output += group.run(dispatch_output, own)
+            more = group.run(dispatch_output, own)
+            assert more.data_ptr() != output.data_ptr() or not len(more), "SGLang gave two groups one output"
+            output += more
         return StandardCombineInput(output)
 
 

@@ -1,4 +1,4 @@
-"""Parameters that SGLang's own methods hold: watched as they fill, and read back where each file tensor went.
+"""Parameters that SGLang's own layers hold, all in 16 bits: watched as they fill, and read back from where they went.
 
 Models skip names they do not know, and leave unfilled what nobody delivers, without a word. So every parameter's
 `weight_loader` is wrapped: each call strikes out the lines it fills and remembers which file tensor filled them.
@@ -19,7 +19,7 @@ from ..formats.base import Axis, TensorSpec
 from ..plan import RankPlan
 from .file_tensors import Converted, FileTensors, StockTensor, file_dtype
 from .ledger import Ledger, Line
-from .names import Shard, expert_modules, fused_parts
+from .names import Shard
 
 #: Local name of the tensors that GPT-OSS copies into their parameters itself.
 COPIED = "sinks"
@@ -55,7 +55,7 @@ class StockParameters:
                 self.tensors |= module.tensors
                 continue
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in seen or self._is_made_by_kernel(prefix, module, name):
+                if id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
                 self._parameters.append(parameter)
@@ -111,16 +111,6 @@ class StockParameters:
         # SGLang's typed parameters have a read-only property of that name.
         own = isinstance(getattr(type(parameter), "weight_loader", None), property)
         setattr(parameter, "_weight_loader" if own else "weight_loader", load)
-
-    def _is_made_by_kernel(self, prefix: str, module: torch.nn.Module, name: str) -> bool:
-        """Whether a quantized layer's parameter is none of the checkpoint's tensors (Marlin's sorted g_idx, say)."""
-        modules = self._plan.plan.modules
-        if isinstance(module, FusedMoE):
-            first, local = expert_modules(prefix, 0, modules)[0], name.partition("_")[2]
-        else:
-            first, local = fused_parts(prefix, modules)[0][1], name
-        planned = modules.get(first)
-        return planned is not None and planned.format.name != "plain" and local not in planned.tensors
 
     def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
         """What this rank holds of a tensor."""
