@@ -214,16 +214,23 @@ def mxfp4(rng: np.random.Generator, out: int, columns: int, *, writer: str = "co
     return Packed({"weight_packed": weight, "weight_scale": scale}, reference, config)
 
 
-def mxfp8(rng: np.random.Generator, shape: tuple[int, int], config: dict[str, Any], scale_dtype: torch.dtype) -> Packed:
-    """e4m3 values with exponents per 32 columns."""
+def mxfp8(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    config: dict[str, Any],
+    scale_dtype: torch.dtype,
+    block: tuple[int, int] = (1, 32),
+) -> Packed:
+    """e4m3 values with exponents per 32 columns (or larger blocks)."""
     octets = rng.integers(0, 256, shape).astype(np.uint8)
     octets[octets & 127 == 127] = 0x7E
-    exponents = rng.integers(100, 150, (shape[0], -(-shape[1] // 32))).astype(np.uint8)
+    grid = tuple(-(-size // unit) for size, unit in zip(shape, block, strict=True))
+    exponents = rng.integers(100, 150, grid).astype(np.uint8)
     tensors = {
         "weight": torch.from_numpy(octets.copy()).view(torch.float8_e4m3fn),
         "weight_scale": torch.from_numpy(exponents.copy()).view(scale_dtype),
     }
-    reference = e4m3(octets) * spread(2.0 ** (exponents.astype(float) - 127), (1, 32), shape)
+    reference = e4m3(octets) * spread(2.0 ** (exponents.astype(float) - 127), block, shape)
     return Packed(tensors, reference, config)
 
 

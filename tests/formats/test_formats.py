@@ -101,6 +101,12 @@ for o, c in [(33, 128), (830, 544), (16, 40)]:
             f"{o}x{c} {config['quant_method']}",
         )
 
+case(
+    "FP8 128x128",
+    lambda rng: packers.mxfp8(rng, (830, 545), BLOCK, torch.float8_e8m0fnu, (128, 128)),
+    "830x545 e8m0",
+)
+
 for o, c in ODD:
     for b, config, name, dtype in (
         ((128, 128), BLOCK, "weight_scale_inv", torch.float32),

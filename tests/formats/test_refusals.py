@@ -79,6 +79,11 @@ INCONSISTENT = {
         r"several readings.*per channel.*per block 1x4",
     ),
     "scale dtype": (infos(weight=("F8_E4M3", [4, 4]), weight_scale=("U8", [4])), None, r"dtype U8.*BF16 or F16 or F32"),
+    "exponents without their type": (
+        infos(weight=("F8_E4M3", [256, 256]), weight_scale_inv=("U8", [2, 2])),
+        BLOCK,
+        r"dtype U8.*FP8 128x128 has it in BF16 or F16 or F32",
+    ),
     "rank": (infos(weight=("F8_E4M3", [2, 4, 4]), weight_scale=("F32", [1])), None, r"shape \[2, 4, 4\]"),
     "two scales": (
         infos(weight=("F8_E4M3", [4, 4]), weight_scale=("F32", [4]), weight_scale_inv=("F32", [4])),

@@ -14,8 +14,8 @@ from .base import FLOAT_DTYPES, Axis, Shape, TensorInfo, TensorSpec, bias_spec
 from .schemes import Scheme, schemes
 
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
-#: Scales that are powers of two, one byte each: OCP's e8m0, or its codes in bytes without a type (MXFP8).
-EXPONENTS = ("F8_E8M0", "U8")
+#: MXFP8's blocks, whose e8m0 scales are stored as bytes.
+MX_BLOCK = (1, 32)
 ZERO_POINTS = ("weight_zero_point", "weight_zp")
 ANY = ("tensor", "channel")  # granularities that a scale's shape alone can tell
 
@@ -79,7 +79,7 @@ def scaled_specs(
         axes = (Axis("out"), Axis(None))[: len(parameters.scale_shape)]
     else:
         axes = (Axis(None),) * len(parameters.scale_shape)
-    possible = (*FLOAT_DTYPES, *EXPONENTS) if block else FLOAT_DTYPES
+    possible = FLOAT_DTYPES + (("F8_E8M0",) if block else ()) + (("U8",) if block == MX_BLOCK else ())
     scale_dtypes = (parameters.scale_dtype,) if parameters.scale_dtype in possible else FLOAT_DTYPES
     scale_shape = _scale_shape(parameters, block, shape)
     specs = {
