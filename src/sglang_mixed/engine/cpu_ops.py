@@ -28,11 +28,52 @@ def select_experts(
     return original(hidden_states, router_logits.float(), *args, **kwargs)
 
 
+def build_experts(
+    original: Callable[..., None], layer: Any, *args: Any, apply_router_weight_on_input: bool = False, **kwargs: Any
+) -> None:
+    """Hook around `FusedMoE.__init__`: that the router's weights belong to the input is seen to by `run_experts`."""
+    original(layer, *args, **kwargs)
+    layer.weighs_input = apply_router_weight_on_input
+
+
+def run_experts(
+    original: Callable[..., torch.Tensor], layer: Any, hidden_states: torch.Tensor, topk_output: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Hook around `FusedMoE.forward`: no loop in plain torch weighs an expert's input, as Llama 4 does with its one."""
+    if layer.weighs_input:
+        weights = topk_output.topk_weights
+        assert weights.shape[1] == 1, "one expert a token"
+        hidden_states = (hidden_states * weights).to(hidden_states.dtype)
+        topk_output = topk_output._replace(topk_weights=torch.ones_like(weights))
+    return original(layer, hidden_states, topk_output, **kwargs)
+
+
 def rotary_embedding(original: Callable[..., Any], *args: Any, rope_scaling: Any = None, **kwargs: Any) -> Any:
     """Hook around `get_rope_wrapper`: on a CPU it knows scaled embeddings only; for others it is asked as on a GPU."""
     if rope_scaling is None:
         kwargs.pop("device", None)
     return original(*args, rope_scaling=rope_scaling, **kwargs)
+
+
+def attend_llama4(
+    original: Callable[..., torch.Tensor],
+    attention: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+) -> torch.Tensor:
+    """Instead of `Llama4Attention.forward`, which relies on a rotary kernel that writes in place, and on BF16."""
+    qkv, _ = attention.qkv_proj(hidden_states)
+    q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+    if attention.rotary_emb is not None:
+        q, k = attention.rotary_emb(positions, q.contiguous(), k.contiguous())
+    if attention.qk_norm is not None:
+        heads = torch.cat([q, k], dim=-1).reshape(-1, attention.head_dim)
+        q, k = attention.qk_norm(heads).view(len(q), -1).split([attention.q_size, attention.kv_size], dim=-1)
+    if attention.attn_temperature_tuning and not attention.use_rope:
+        q = (q * attention._get_attn_scale(positions)).to(q.dtype)
+    output: torch.Tensor = attention.o_proj(attention.attn(q.contiguous(), k.contiguous(), v, forward_batch))[0]
+    return output
 
 
 def create_attention(runner: Any) -> Any:
@@ -51,6 +92,9 @@ def hooks() -> dict[str, Callable[..., Any]]:
     """SGLang's function -> what goes around it."""
     return {
         "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": gate_shared_expert,
+        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.__init__": build_experts,
+        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward": run_experts,
         "sglang.srt.layers.moe.topk.select_experts": select_experts,
+        "sglang.srt.models.llama4.Llama4Attention.forward": attend_llama4,
         "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper": rotary_embedding,
     }
