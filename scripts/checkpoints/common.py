@@ -20,14 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
 BASE = TINY / "bf16"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-REFERENCE_MODULES = (
-    "model.layers.0.self_attn.q_proj",
-    "model.layers.0.self_attn.k_proj",
-    "model.layers.1.self_attn.o_proj",
-    "model.layers.0.mlp.experts.0.gate_proj",
-    "model.layers.0.mlp.experts.3.up_proj",
-    "model.layers.1.mlp.experts.7.down_proj",
-)
 LENGTH = 256
 HELD_OUT_BYTES = 60_000
 SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
@@ -144,7 +136,7 @@ def held_out_perplexity(folder: Path) -> float:
 
 
 def report(folder: Path, dequantize: Callable[[str], torch.Tensor], reference: bool) -> None:
-    """Says what the quantized weights are worth as the tool itself decodes them; may keep a few of them."""
+    """Says what the quantized weights are worth as the tool itself decodes them; may keep them."""
     base = tensors(BASE)
     weights = {n: dequantize(n.removesuffix(".weight")).float().contiguous() for n in base if "_proj." in n}
     errors = [((w - base[n].float()).norm() / base[n].float().norm()).item() for n, w in weights.items()]
@@ -154,7 +146,7 @@ def report(folder: Path, dequantize: Callable[[str], torch.Tensor], reference: b
         value = held_out_perplexity(Path(plain))
     print(f"{folder.name}: relative weight error {min(errors):.4f} to {max(errors):.4f}, perplexity {value:.2f}")
     if reference:
-        save_file({f"{m}.weight": weights[f"{m}.weight"] for m in REFERENCE_MODULES}, folder / "reference.safetensors")
+        save_file(weights, folder / "reference.safetensors")
 
 
 def arguments(description: str | None) -> argparse.Namespace:

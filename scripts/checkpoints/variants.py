@@ -1,7 +1,7 @@
 """Makes quantized folders with the real tools: the committed siblings, or other settings for tests.
 
 `variants.py siblings` writes beside the BF16 base; `variants.py others OUT [NAME ...]` writes OUT/NAME folders,
-each with a `reference.safetensors` that holds some weights as the tool itself decodes them.
+each with a `reference.safetensors` that holds the weights as the tool itself decodes them (`check.py` compares).
 """
 
 from __future__ import annotations
