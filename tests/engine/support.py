@@ -38,7 +38,6 @@ ROWS = [
     Row("qwen3_moe, 12 experts, top-8", "TP 2, EP 2", ALL),
     Row("qwen3_moe, 96 wide", "TP 2", ALL),
     Row("gpt_oss", "TP 2", ALL),
-    Row("gpt_oss", "TP 2, EP 2", ALL),
     Row("qwen3_moe, experts fused in 16 bits", "one rank", ALL),
     Row("qwen3_moe, experts fused in 16 bits", "TP 2, EP 2", ALL),
 ]
@@ -59,7 +58,8 @@ def table() -> str:
         "every expert's gate, up and down, and every part of a fused matrix, has another source than its neighbours.",
         '"three formats" gives half of the experts to FP8 and the others to GPTQ but for one in INT8, so that an EP',
         "rank lacks a format. The 16-bit source of GPT-OSS holds all experts of a layer in one tensor, and so do those",
-        "that say so.",
+        "that say so. Over EP ranks SGLang itself does not share these out: GPT-OSS is compared with itself on one",
+        "rank, in `tests/engine/test_fused_experts.py`.",
         "",
         "| model | layout | mix |",
         "| --- | --- | --- |",
