@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.engine.launch import TINY, free_port  # noqa: E402
+from tests.engine.gpu_model import start_sglang  # noqa: E402
+from tests.engine.launch import TINY  # noqa: E402
 from tests.engine.layers import HIDDEN, PREFIX, WRITERS, fill, write_experts  # noqa: E402
 from tests.models import write_map  # noqa: E402
 
@@ -189,25 +190,12 @@ def checks() -> Iterator[tuple[str, str, int, Callable[[Layers, str, int], float
             yield "split qkv", kind, tokens, linear
 
 
-def start_sglang() -> None:
-    """What SGLang's kernels ask of their process."""
-    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
-    from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+def main() -> None:
+    from sglang.srt.server_args import ServerArgs
 
     torch.cuda.set_device(0)
-    arguments: Any = ServerArgs(
-        model_path=str(TINY / "bf16"), attention_backend="triton", sampling_backend="pytorch", device=DEVICE
-    )
-    set_global_server_args_for_scheduler(arguments)
-    initialize_moe_config(arguments)
-    address = f"tcp://127.0.0.1:{free_port()}"
-    init_distributed_environment(1, 0, address, 0)
-    initialize_model_parallel()
-
-
-def main() -> None:
-    start_sglang()
+    arguments = {"attention_backend": "triton", "sampling_backend": "pytorch", "device": DEVICE}
+    start_sglang(ServerArgs(model_path=str(TINY / "bf16"), **arguments), "nccl")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         layers = Layers(Path(folder))
         for name, kind, tokens, measure in checks():

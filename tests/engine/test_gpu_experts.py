@@ -1,7 +1,6 @@
 """Mixed experts as a GPU runs them, on CPU tensors: everything but the kernels' own code.
 
-Where a test's name says stand-in, a few lines of float64 take the place of SGLang's runner, and nothing that
-`SGLang's Marlin repacking` would do is done: its input is what the stand-in reads.
+Where a test's name says stand-in, `stand_ins` takes the place of SGLang's runners and of its repacking for Marlin.
 """
 
 from __future__ import annotations
@@ -16,21 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
-from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from sglang_mixed.engine import expert_kernels, grouped_moe
 from sglang_mixed.engine.file_tensors import FileTensors
 from sglang_mixed.engine.grouped_moe import MixedMoE
 from sglang_mixed.engine.names import expert_modules
 from sglang_mixed.errors import InconsistentFormatError, LedgerError, UnsupportedError
-from sglang_mixed.formats.awq import unpack_columns
-from sglang_mixed.formats.gptq import unpack
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog, sha256, stream
 
 from ..models import write_map
 from .layers import HIDDEN, PREFIX, WRITERS, fill, loading, write_experts
+from .stand_ins import replace_expert_kernels
 
 EXPERTS, INTERMEDIATE, TOKENS = 4, 192, 5
 Mapped = Callable[..., Plan]
@@ -82,67 +79,9 @@ def rank_of(plan: Plan, tp: int = 1, ep: int = 1, number: int = 0) -> RankPlan:
     return plan.rank(Rank(tp, ep, number))
 
 
-class StandInRunner:
-    """SGLang's `MoeRunner`, in float64, on what it is given."""
-
-    def __init__(self, backend: Any, config: MoeRunnerConfig) -> None:
-        self.backend, self.config = backend, config
-
-    def run(self, dispatch_output: StandardDispatchOutput, info: Any) -> StandardCombineInput:
-        weights, ids, _ = dispatch_output.topk_output
-        x = dispatch_output.hidden_states.double()
-        filters = info.expert_map is not None if self.backend.is_marlin() else self._filters
-        assert filters or (ids >= 0).all(), "a kernel that was not told would run expert -1"
-        assert ids.is_contiguous() and not self.config.inplace
-        read = marlin_weight if self.backend.is_marlin() else triton_weight
-        w13, w2 = read(info, "w13"), read(info, "w2")
-        output = torch.zeros_like(x)
-        for token, slot in ((ids >= 0).nonzero()).tolist():
-            expert = ids[token, slot]
-            gate, up = (w13[expert] @ x[token]).chunk(2)
-            output[token] += weights[token, slot].double() * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
-        return StandardCombineInput(output)
-
-    @property
-    def _filters(self) -> bool:
-        return self.config.num_experts != self.config.num_local_experts
-
-
-def triton_weight(info: Any, side: str) -> torch.Tensor:
-    weight, scale = getattr(info, f"{side}_weight").double(), getattr(info, f"{side}_scale")
-    if scale is None:
-        return weight
-    assert scale.dtype == torch.float32 and scale.dim() == 3
-    if info.block_shape:
-        rows, columns = info.block_shape
-        assert scale.shape[1:] == (weight.shape[1] // rows, weight.shape[2] // columns), "blocks must be whole"
-        return weight * scale.double().repeat_interleave(rows, 1).repeat_interleave(columns, 2)
-    assert info.per_channel_quant or info.use_int8_w8a16
-    return weight * scale.double()
-
-
-def marlin_weight(info: Any, side: str) -> torch.Tensor:
-    qweight, scales = getattr(info, f"{side}_qweight"), getattr(info, f"{side}_scales").double()
-    zeros = getattr(info, f"{side}_qzeros")
-    if zeros is None:
-        codes = torch.stack([unpack(one, info.weight_bits) for one in qweight]).double() - 2 ** (info.weight_bits - 1)
-        offsets = torch.zeros_like(scales)
-    else:
-        codes, offsets = unpack_columns(qweight).double(), unpack_columns(zeros).double()
-    number, columns, _ = codes.shape
-    assert columns % 64 == 0
-    groups = (torch.arange(columns) // (columns // scales.shape[1])).expand(number, -1)
-    g_idx = getattr(info, f"{side}_g_idx")
-    if g_idx.numel():
-        groups = g_idx.long()
-    index = groups.unsqueeze(2).expand(-1, -1, scales.shape[2])
-    return ((codes - offsets.gather(1, index)) * scales.gather(1, index)).transpose(1, 2)
-
-
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_moe, "MoeRunner", StandInRunner)
-    monkeypatch.setattr(expert_kernels, "_repack", lambda source, bits: source)
+    replace_expert_kernels(monkeypatch.setattr)
 
 
 def compute(plan: Plan, ids: torch.Tensor, tp: int = 1, ep: int = 1) -> torch.Tensor:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_mixed.engine import split_linear
 from sglang_mixed.engine.file_tensors import FileTensors
 from sglang_mixed.engine.split_linear import SplitLinear
 from sglang_mixed.engine.stock_methods import StockMethods
 from sglang_mixed.errors import ParallelismError, UnsupportedError
-from sglang_mixed.formats.awq import unpack_columns
-from sglang_mixed.formats.gptq import unpack
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog, sha256, stream
 
 from ..models import write_map
 from .layers import HIDDEN, WRITERS, fill, loading, write_experts
+from .stand_ins import decoded, replace_linear_kernels
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 ATTENTION = "model.layers.0.self_attn"
@@ -50,22 +48,8 @@ def mapped(tmp_path: Path, written: Callable[[str], Path]) -> Mapped:
 
 
 @pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """SGLang believes in an H100, and its methods leave their parameters as they were filled."""
-    from sglang.srt.layers.quantization import fp8, marlin_utils, w8a8_fp8, w8a8_int8
-    from sglang.srt.layers.quantization.awq import AWQLinearMethod
-    from sglang.srt.layers.quantization.gptq import GPTQMarlinLinearMethod
-
-    monkeypatch.setattr(marlin_utils, "get_device_capability", lambda: (9, 0))
-    for kind in (
-        fp8.Fp8LinearMethod,
-        w8a8_fp8.W8A8Fp8LinearMethod,
-        w8a8_int8.W8A8Int8LinearMethod,
-        GPTQMarlinLinearMethod,
-        AWQLinearMethod,
-    ):
-        monkeypatch.setattr(kind, "process_weights_after_loading", lambda self, layer: None)
-    yield
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_linear_kernels(monkeypatch.setattr)
 
 
 def qkv(plan: RankPlan) -> tuple[SplitLinear, torch.nn.Module]:
@@ -74,29 +58,6 @@ def qkv(plan: RankPlan) -> tuple[SplitLinear, torch.nn.Module]:
     rows = ROWS // plan.rank.tp
     method.create_weights(layer, HIDDEN, [rows] * 3, HIDDEN, 3 * ROWS, torch.float32)
     return method, layer
-
-
-def decoded(run: split_linear.LinearRun) -> torch.Tensor:
-    """float64 [out, in] of what SGLang's method holds."""
-    p = {name: parameter.data for name, parameter in run.matrix.named_parameters()}
-    if "qweight" not in p:
-        weight, scale = p["weight"].double(), p.get("weight_scale", p.get("weight_scale_inv"))
-        if scale is None:
-            return weight
-        if "weight_scale_inv" in p:
-            rows, columns = run.method.quant_config.weight_block_size
-            scale = scale.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
-        return weight * scale.double()
-    bits = run.method.quant_config.weight_bits
-    if type(run.method).__name__.startswith("AWQ"):
-        codes, zeros = unpack_columns(p["qweight"]).double(), unpack_columns(p["qzeros"]).double()
-    else:
-        codes, zeros = unpack(p["qweight"], bits).double(), torch.full_like(p["scales"], 2 ** (bits - 1)).double()
-    size = len(codes) // len(zeros)
-    groups = (
-        p["g_idx"].long() if run.method.quant_config.full_config.get("desc_act") else torch.arange(len(codes)) // size
-    )
-    return ((codes - zeros[groups]) * p["scales"].double()[groups]).T
 
 
 @pytest.mark.usefixtures("no_kernels")

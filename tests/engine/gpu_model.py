@@ -1,0 +1,102 @@
+"""A whole model that our loader fills with the GPU's methods, in one process on the CPU, with stand-ins for kernels."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CODE = "from tests.engine.gpu_model import main; main()"
+
+
+def main() -> None:
+    """Read a map's path; write the proof's report, and how far the first MoE layer is from the dequantized one."""
+    path, answered = sys.argv[1:]
+    model = load(path)
+    from sglang_mixed.engine import state
+
+    assert state.proof is not None
+    deadline = time.monotonic() + 60
+    while (report := state.proof.report())["verification"]["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    report["kernel_tensors"] = [name for name, _ in model.named_parameters()]
+    report["error"] = experts_error(model, path)
+    Path(answered).write_text(json.dumps(report))
+
+
+def load(path: str) -> Any:
+    """The model as SGLang's model runner has it loaded."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.model_loader import loader as sglang_loader
+    from sglang.srt.plugins import load_plugins
+
+    from sglang_mixed.engine import loader, quantization
+
+    from .launch import TINY
+    from .stand_ins import replace_expert_kernels, replace_linear_kernels
+
+    load_plugins()
+    for module in (loader, quantization):
+        module.runs_on_torch_cpu = lambda: False
+    replace_expert_kernels(setattr)
+    replace_linear_kernels(setattr)
+    arguments: Any = Engine.server_args_class(
+        model_path=str(TINY / "bf16"), enable_mixed_precision=True, mixed_precision_config=path, dtype="bfloat16"
+    )
+    config = start_sglang(arguments, "gloo")
+    load_config = LoadConfig(model_loader_extra_config=arguments.model_loader_extra_config)
+    chosen = sglang_loader.get_model_loader(load_config, config)
+    return chosen.load_model(model_config=config, device_config=DeviceConfig("cpu"))
+
+
+def start_sglang(arguments: Any, backend: str) -> Any:
+    """What SGLang's layers ask of their process, as its scheduler prepares it; returns the model's config."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
+    from .launch import free_port
+
+    if hasattr(arguments, "resolve_once"):  # since 0.5.20
+        arguments.resolve_once()
+    set_global_server_args_for_scheduler(arguments)
+    initialize_moe_config(*[arguments][: len(inspect.signature(initialize_moe_config).parameters)])
+    init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, backend)
+    initialize_model_parallel()
+    config = ModelConfig.from_server_args(arguments)
+    initialize_dp_attention(arguments, config)
+    return config
+
+
+def experts_error(model: Any, path: str) -> float:
+    """Normalized squared error of layer 0's experts, through SGLang's own layer, against the exact references."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from sglang_mixed import make_plan
+
+    plan, prefix = make_plan(path), "model.layers.0.mlp.experts"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 256, generator=generator).to(torch.bfloat16)
+    ids = torch.tensor([[0, 7], [4, 1], [2, 6], [7, 5], [3, 4], [5, 0]], dtype=torch.int32)
+    weights = torch.rand(6, 2, generator=generator)
+    layer = model.model.layers[0].mlp.experts
+    with torch.inference_mode():
+        found = layer(x, StandardTopKOutput(weights, ids, torch.zeros(6, 8))).double()
+    expected = torch.zeros_like(found)
+    for token, slot in ((token, slot) for token in range(6) for slot in range(2)):
+        gate, up, down = (
+            plan.checkpoints[plan.modules[name].source].dequantize(name).double()
+            for name in (f"{prefix}.{ids[token, slot]}.{part}_proj" for part in ("gate", "up", "down"))
+        )
+        hidden = torch.nn.functional.silu(gate @ x[token].double()) * (up @ x[token].double())
+        expected[token] += weights[token, slot].double() * (down @ hidden)
+    return float((found - expected).square().sum() / expected.square().sum())
