@@ -119,7 +119,7 @@ class Grouped(Protocol):
 
 def group_index(g_idx: torch.Tensor | None, parameters: Grouped, columns: int, num_groups: int) -> torch.Tensor:
     """int64 [in]: each input column's group, from `g_idx` where there is one (it must not contradict desc_act)."""
-    consecutive = torch.arange(columns) // parameters.group_size
+    consecutive = torch.arange(columns, device=None if g_idx is None else g_idx.device) // parameters.group_size
     if g_idx is None:
         return consecutive
     groups = g_idx.to(torch.int64)

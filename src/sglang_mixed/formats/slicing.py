@@ -84,8 +84,8 @@ def rebase(local: str, tensor: torch.Tensor, module_format: ModuleFormat, region
         first: int = region.columns[0] // parameters.group_size
         return tensor - first
     if local == "weight_shape":
-        spans = torch.tensor([end - begin for begin, end in region], dtype=tensor.dtype)
-        return tensor - torch.tensor(module_format.shape, dtype=tensor.dtype) + spans
+        spans = torch.tensor([end - begin for begin, end in region], dtype=tensor.dtype, device=tensor.device)
+        return tensor - torch.tensor(module_format.shape, dtype=tensor.dtype, device=tensor.device) + spans
     return tensor
 
 

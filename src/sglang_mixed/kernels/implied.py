@@ -17,6 +17,12 @@ from .base import Tensors
 @functools.lru_cache(maxsize=256)
 def implied(format: ModuleFormat) -> Tensors:
     """GPTQ's zero points if it is symmetric, and its g_idx without act-order; the weight_shape of packed integers."""
+    # Kept for all callers, of whom some build a model on another default device.
+    with torch.device("cpu"):
+        return _implied(format)
+
+
+def _implied(format: ModuleFormat) -> Tensors:
     if format.name == "packed":
         (dtype,) = get_format("packed").tensors(format.parameters, format.shape)["weight_shape"].dtypes
         return {"weight_shape": torch.tensor(format.shape, dtype=TORCH_DTYPES[dtype])}
