@@ -5,7 +5,7 @@
 
 #if HAS_OCTET_DOTS
 typedef __m512i sums[BLOCK];
-enum { CHUNK = 4 * DEPTH, LARGEST_UNIT = 512 };
+enum { LARGEST_UNIT = 512, PAGE = 4096 };
 
 /* Four columns of a whole tile: vector i holds the rows 16i to 16i + 15. */
 INLINE void four_columns(const uint8_t *tile, __m512i *out)
@@ -43,29 +43,15 @@ INLINE void multiply(int rows, const __m512i *w, const int8_t *x, long stride, s
     }
 }
 
-/* Up to two rows of x, four of halves: no weight is needed twice. */
-INLINE void tile_dots(int rows, const uint8_t *tile, const int8_t *x, long stride, long size, sums *total)
+/* Decoding again for every two rows of x costs less than keeping what was decoded. */
+INLINE void tile_dots(int rows, const uint8_t *tile, long width, const int8_t *x, long stride, long size, sums *total)
 {
     sums acc[BLOCK] = {0};
     for (long k = 0; k < size; k += 4) {
         __m512i v[BLOCK];
-        prefetch(tile + k * TILE / 2 + AHEAD, 4 * TILE / 2);
-        four_columns(tile + k * TILE / 2, v);
+        width == TILE ? four_columns(tile + k * TILE / 2, v) : four_narrow_columns(tile + k * width / 2, width, v);
         multiply(rows, v, x + k, stride, acc);
     }
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < BLOCK; i++)
-            total[r][i] = acc[r][i];
-}
-
-INLINE void chunk_dots(int rows, __m512i (*w)[BLOCK], const int8_t *x, long stride, long size, sums *total)
-{
-    sums acc[BLOCK];
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < BLOCK; i++)
-            acc[r][i] = total[r][i];
-    for (long k = 0; k < size; k += 4)
-        multiply(rows, w[k / 4], x + k, stride, acc);
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < BLOCK; i++)
             total[r][i] = acc[r][i];
@@ -75,25 +61,16 @@ INLINE void chunk_dots(int rows, __m512i (*w)[BLOCK], const int8_t *x, long stri
 INLINE void unit_dots(const nibbles *w, const halves *h, long rows, long n, long first, sums *total)
 {
     long width = least(TILE, w->out - n);
-    if (rows <= BLOCK && width == TILE) {
-        const uint8_t *tile = tile_at(w, n, first);
-        rows == 2 ? tile_dots(2, tile, h->values + first, h->stride, h->unit, total)
-                  : tile_dots(4, tile, h->values + first, h->stride, h->unit, total);
-        return;
-    }
-    memset(total, 0, rows * sizeof *total);
-    for (long k = first; k < first + h->unit; k += CHUNK) {
-        __m512i chunk[CHUNK / 4][BLOCK];
-        long size = least(CHUNK, first + h->unit - k);
-        const uint8_t *tile = tile_at(w, n, k);
-        for (long j = 0; j < size; j += 4) {
-            prefetch(tile + j * width / 2 + AHEAD, 4 * width / 2);
-            width == TILE ? four_columns(tile + j * TILE / 2, chunk[j / 4])
-                          : four_narrow_columns(tile + j * width / 2, width, chunk[j / 4]);
-        }
-        for (long r = 0; r < rows; r += BLOCK)
-            rows - r < BLOCK ? chunk_dots(2, chunk, h->values + r * h->stride + k, h->stride, size, total + r)
-                             : chunk_dots(4, chunk, h->values + r * h->stride + k, h->stride, size, total + r);
+    const uint8_t *tile = tile_at(w, n, first);
+    prefetch(tile + PAGE, 1); /* the CPU finds its way through a page by itself, but not to the next one */
+    for (long r = 0; r < rows; r += BLOCK) {
+        const int8_t *x = h->values + r * h->stride + first;
+        if (width == TILE)
+            rows - r < BLOCK ? tile_dots(2, tile, TILE, x, h->stride, h->unit, total + r)
+                             : tile_dots(4, tile, TILE, x, h->stride, h->unit, total + r);
+        else
+            rows - r < BLOCK ? tile_dots(2, tile, width, x, h->stride, h->unit, total + r)
+                             : tile_dots(4, tile, width, x, h->stride, h->unit, total + r);
     }
 }
 

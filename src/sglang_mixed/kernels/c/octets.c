@@ -78,8 +78,9 @@ static int product_in_floats(const octets *w, matrix x, matrix y, long rows, lon
             float scale[BLOCK];
             size = run_at(w, k, STRIP);
             rows_at(w, n, stop, k, from, scale);
+            if (k + size == w->in)
+                prefetch_next(w, n);
             for (long i = 0; i < BLOCK; i++) {
-                prefetch(from[i] + (k + 2 * STRIP < w->in ? 0 : (BLOCK - 1) * w->in) + 2 * STRIP, size);
                 decode_strip(w->kind, from[i], size, w32[i]);
                 scale[i] *= w->kind == FP8 ? 256 : 1;
             }

@@ -2,7 +2,7 @@
 #pragma once
 #include "halves.h"
 
-enum { FP8 = 0, INT8 = 1, AHEAD = 1024 };
+enum { FP8 = 0, INT8 = 1 };
 
 /* Scales of `type` in blocks of height x width, [ceil(out / height), ceil(in / width)]; `inverse`: 1 / scale. */
 typedef struct {
@@ -33,6 +33,13 @@ INLINE void rows_at(const octets *w, long n, long stop, long k, const uint8_t **
         from[i] = w->codes + row * w->in + k;
         scale[i] = scale_at(w, row, k);
     }
+}
+
+/* The CPU finds its way along a row by itself, but not to the next one, which is in another page. */
+INLINE void prefetch_next(const octets *w, long n)
+{
+    for (long i = 0; i < BLOCK; i++)
+        __builtin_prefetch(w->codes + (n + BLOCK + i) * w->in);
 }
 
 INLINE void write_sums(matrix y, long out, long rows, long n, long stop, const block *total)

@@ -4,7 +4,7 @@
 
 #if HAS_OCTET_DOTS && defined(__AVX512BF16__)
 #define HAS_BF16_DOTS 1
-enum { BF16_STRIP = 512 };
+enum { COLUMNS = 512 /* of which W's rows stay in the first-level cache for all of x's */ };
 typedef struct { __m512i low[2], high[2]; } code_table;
 
 INLINE __m512i octets_at(const uint8_t *from, long size)
@@ -60,36 +60,20 @@ INLINE void multiply(int rows, const __m512i (*w)[2], const uint16_t *x, long st
         }
 }
 
-INLINE void add_scaled(int rows, vec (*acc)[BLOCK], const float *scale, block *total)
-{
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < BLOCK; i++)
-            total[r][i] += acc[r][i] * scale[i];
-}
-
-/* Up to four rows of x: no weight is needed twice. */
+/* Up to four rows of x; decoding again for each four costs about what keeping the decoded would. */
 INLINE void code_dots(int rows, const uint8_t **w, const code_table *t, const float *scale, const uint16_t *x,
                       long stride, long size, block *total)
 {
     vec acc[BLOCK][BLOCK] = {0};
     for (long k = 0; k < size; k += 64) {
         __m512i v[BLOCK][2];
-        for (int i = 0; i < BLOCK; i++) {
+        for (int i = 0; i < BLOCK; i++)
             decode_bf16(octets_at(w[i] + k, size - k), t, v[i]);
-            __builtin_prefetch(w[i] + k + AHEAD);
-        }
         multiply(rows, v, x + k, stride, acc);
     }
-    add_scaled(rows, acc, scale, total);
-}
-
-INLINE void bf16_dots(int rows, __m512i (*w)[BLOCK][2], const float *scale, const uint16_t *x, long stride, long size,
-                      block *total)
-{
-    vec acc[BLOCK][BLOCK] = {0};
-    for (long k = 0; k < size; k += 64)
-        multiply(rows, w[k / 64], x + k, stride, acc);
-    add_scaled(rows, acc, scale, total);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < BLOCK; i++)
+            total[r][i] += acc[r][i] * scale[i];
 }
 
 static int product_in_bf16(const octets *w, matrix x, matrix y, long rows, long start, long stop)
@@ -103,20 +87,13 @@ static int product_in_bf16(const octets *w, matrix x, matrix y, long rows, long 
         for (long k = 0; k < w->in; k += size) {
             const uint8_t *from[BLOCK];
             float scale[BLOCK];
-            __m512i strip[BF16_STRIP / 64][BLOCK][2];
-            size = run_at(w, k, rows <= BLOCK ? w->in : BF16_STRIP);
+            size = run_at(w, k, rows <= BLOCK ? w->in : COLUMNS);
             rows_at(w, n, stop, k, from, scale);
-            if (rows <= BLOCK) {
-                BY_ROWS(code_dots, rows, from, &table, scale, x16 + k, stride, size, total);
-                continue;
-            }
-            for (long j = 0; j < size; j += 64)
-                for (long i = 0; i < BLOCK; i++) {
-                    decode_bf16(octets_at(from[i] + j, size - j), &table, strip[j / 64][i]);
-                    __builtin_prefetch(from[i] + j + AHEAD);
-                }
+            if (k + size == w->in)
+                prefetch_next(w, n);
             for (long r = 0; r < rows; r += BLOCK)
-                BY_ROWS(bf16_dots, least(BLOCK, rows - r), strip, scale, x16 + r * stride + k, stride, size, total + r);
+                BY_ROWS(code_dots, least(BLOCK, rows - r), from, &table, scale, x16 + r * stride + k, stride, size,
+                        total + r);
         }
         write_sums(y, w->out, rows, n, stop, total);
     }

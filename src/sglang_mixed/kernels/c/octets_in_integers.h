@@ -72,6 +72,8 @@ static int product_in_integers(const octets *w, matrix x, matrix y, long rows, l
         memset(total, 0, rows * sizeof *total);
         for (long unit = 0; unit < h.units; unit++) {
             rows_at(w, n, stop, unit * UNIT, from, scale);
+            if (unit + 1 == h.units)
+                prefetch_next(w, n);
             add_unit(from, &h, rows, unit, least(UNIT, w->in - unit * UNIT), total);
         }
         for (long r = 0; r < rows; r++) {
