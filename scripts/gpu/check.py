@@ -133,9 +133,10 @@ CASES = [
     Case("one expert alone in its format", {experts("0", "5"): "gptq-int4", experts("1", "0"): "fp8-block"}),
     Case("an expert of each", {experts("*", str(n)): SOURCES[n % 5] for n in range(8)}),
     Case("dense, split qkv and gate/up", write=write_dense),
-    Case("uniform gptq, as stock", uniform("gptq-int4"), stock="gptq-int4"),
+    Case("uniform gptq", uniform("gptq-int4")),
     Case("uniform fp8 blocks, as stock", uniform("fp8-block"), stock="fp8-block"),
-    Case("uniform int8, as stock", uniform("int8"), stock="int8"),
+    # Stock SGLang 0.5.17 has no INT8 experts for compressed-tensors, and compiles Marlin for minutes for its GPTQ.
+    Case("uniform int8", uniform("int8")),
     Case("uniform fp8 channel, as stock", uniform("fp8-channel"), stock="fp8-channel"),
     Case("uniform bf16, as stock", {}, stock="bf16"),
 ]
