@@ -24,7 +24,7 @@ from .panels import STRIP_VALUES, linear_by_panels, spans
 #: Up to so many rows the products run in float16, whose GEMM is the faster one until matrix units pay.
 FEW_ROWS = 4
 #: Values decoded at once for them: calls cost more than leaving the second-level cache.
-FEW_ROWS_STRIP = 1 << 19
+FEW_ROWS_STRIP = 1 << 20
 #: Few rows meet the scales of a block of rows before W; smaller blocks would make that a product each.
 MIN_BLOCK_ROWS = 32
 #: To float16 and bfloat16: factor that shifts, and which bits that the widened sign filled then go.
@@ -103,12 +103,13 @@ def _few_rows(weight: torch.Tensor, x: torch.Tensor, block: int) -> torch.Tensor
     fraction, power = torch.frexp(x.abs().amax(2, keepdim=True))
     x16, unit = torch.ldexp(x, room - power).half(), torch.ldexp(torch.ones_like(fraction), power + (8 - room))
     strip = max(1, FEW_ROWS_STRIP // in_features)
-    buffer = torch.empty(min(strip, block), in_features, dtype=torch.int16)
+    buffer = torch.empty(min(strip, out_features), in_features, dtype=torch.int16)
     y16 = torch.empty(num_rows, out_features, dtype=torch.float16)
-    for index, (start, stop) in enumerate(spans(0, out_features, block)):
-        for low, high in spans(start, stop, strip):
-            codes = _shift(weight[low:high], buffer[: high - low], TO_FP16).view(torch.float16)
-            y16[:, low:high] = F.linear(x16[index], codes)
+    for low, high in spans(0, out_features, strip):
+        codes = _shift(weight[low:high], buffer[: high - low], TO_FP16).view(torch.float16)
+        for index in range(low // block, -(-high // block)):
+            start, stop = max(low, index * block), min(high, (index + 1) * block)
+            y16[:, start:stop] = F.linear(x16[index], codes[start - low : stop - low])
     return y16.float().mul_(unit.squeeze(2).t().repeat_interleave(block, 1)[:, :out_features])
 
 
