@@ -96,7 +96,9 @@ def read_entries(
         fresh = 0
         if matrix is None or before is None or not read.shares(before):
             matrix, fresh = _read_matrix(descriptor, path, read.stored), read.stored.nbytes
-        wanted = (matrix.T if view.transposed else matrix)[view.first % view.step :: view.step]
+        own = slice(view.first % view.step, None, view.step)
+        # torch transposes a whole contiguous matrix ten times as fast as any other.
+        wanted = matrix[:, own].contiguous().T if view.transposed else matrix[own]
         yield read.name, wanted.contiguous() if place is None else place.copy_(wanted), fresh
 
 
