@@ -64,6 +64,8 @@ class TritonExperts:
         block = _block(one)
         if block and any(size < 32 or size & (size - 1) for size in block):
             return f"it takes blocks of powers of two from 32 on, not {block[0]}x{block[1]}"
+        if block and one.shape[1] % block[1]:
+            return f"it quantizes activations in whole blocks of {block[1]} columns, not {one.shape[1]}"
         return None
 
     def prepare(self, w13: Tensors, w2: Tensors, formats: ExpertFormats, kept: Range, dtype: torch.dtype) -> Tensors:

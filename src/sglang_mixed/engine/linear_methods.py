@@ -75,6 +75,9 @@ def why_not(module_format: ModuleFormat) -> str | None:
 
 
 def _why_not_shape(module_format: ModuleFormat, rows: int, columns: int) -> str | None:
+    block = getattr(module_format.parameters, "block", None)
+    if block and columns % block[1]:
+        return f"activations are quantized in whole blocks of {block[1]} columns, not {columns}"
     if module_format.name not in ("gptq", "awq", "packed"):
         return None
     if rows % MARLIN_ROWS == 0 and columns % MARLIN_COLUMNS == 0:
@@ -92,8 +95,10 @@ def _recipe(module_format: ModuleFormat) -> LinearRecipe:
         return LinearRecipe(_from_config(name, described), _packed)
     if module_format.name == "fp8" and p.block:
         described = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(p.block)}
-        # Whole blocks are checked already, and SGLang's check wants a parallel layout.
-        return LinearRecipe(_from_config("fp8", described), _blocks, {"skip_block_quant_check": True})
+        method = _from_config("fp8", described)
+        # Whole blocks are checked already, also where SGLang's check would ask for more.
+        arguments = {"skip_block_quant_check": True}
+        return LinearRecipe(method if p.block == (128, 128) else _by_triton(method), _blocks, arguments)
     name = "w8a8_fp8" if module_format.name == "fp8" else "w8a8_int8"
     return LinearRecipe(_from_config(name, {"quant_method": name}), _rows)
 
@@ -104,6 +109,19 @@ def _from_config(name: str, described: dict[str, Any]) -> Callable[[LinearBase],
         return found
 
     return method
+
+
+def _by_triton(method: Callable[[LinearBase], LinearMethodBase]) -> Callable[[LinearBase], LinearMethodBase]:
+    """The same method on the one kernel that asks for the block's size: SGLang's others take 128 x 128 for granted."""
+
+    def chosen(layer: LinearBase) -> LinearMethodBase:
+        from sglang.srt.layers.quantization.fp8_utils import triton_w8a8_block_fp8_linear
+
+        found: Any = method(layer)
+        found.w8a8_block_fp8_linear = triton_w8a8_block_fp8_linear
+        return found  # type: ignore[no-any-return]
+
+    return chosen
 
 
 def _config_class(name: str) -> type[QuantizationConfig]:
