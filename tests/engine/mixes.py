@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .family_models import FAMILIES, HIDDEN, Family, Shapes, gated, write_family
+from .families import FAMILIES, HIDDEN, Family, Shapes, gated
+from .family_models import write_family
 
 sys.path.append(str(Path(__file__).parents[1] / "formats"))
 import packers
@@ -106,7 +107,7 @@ MODELS: dict[str, Family] = {
 def write_mix(folder: Path, model: str, mix: str) -> Path:
     """A checkpoint for each source that the mix takes, and the map."""
     family = MODELS[model]
-    matrices = [f"model.layers.{layer}.{name}" for layer in range(2) for name in family.matrices(layer)]
+    matrices = [f"{family.prefix}model.layers.{layer}.{name}" for layer in range(2) for name in family.matrices(layer)]
     mapping = dict(MIXES[mix](matrices))
     sources = ["bf16", *(name for name in SOURCES if name in mapping.values() and name != "bf16")]
     for name in sources:

@@ -14,7 +14,8 @@ import torch
 
 from .comparison import REQUEST, random_prompts
 from .conftest import Engine
-from .family_models import FAMILIES, VOCABULARY, write_family
+from .families import FAMILIES, VOCABULARY
+from .family_models import write_family
 
 
 @pytest.mark.parametrize("family", FAMILIES)

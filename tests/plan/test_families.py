@@ -8,7 +8,7 @@ from sglang_mixed.memory import module_kind
 from sglang_mixed.plan import families
 from sglang_mixed.plan.families import base_facts, cut_role, never_loaded, norm_readers, num_experts
 from sglang_mixed.plan.fused import running_together
-from tests.engine.family_models import EXPERTS, FAMILIES, LAYERS, Family
+from tests.engine.families import EXPERTS, FAMILIES, LAYERS, Family
 
 LAYER = "model.layers.3"
 
@@ -92,7 +92,7 @@ def test_how_ranks_cut(name: str, role: str | None) -> None:
 def module_names(family: Family) -> dict[str, object]:
     """All modules of a family's layers."""
     names = [
-        f"model.layers.{layer}.{local}"
+        f"{family.prefix}model.layers.{layer}.{local}"
         for layer in range(LAYERS)
         for local in (*family.matrices(layer), *(name.rpartition(".")[0] for name in family.others(layer)))
     ]
@@ -156,3 +156,15 @@ def test_layers_that_predict_further_tokens_are_left_aside(name: str) -> None:
     family = FAMILIES[name]
     extra = {tensor.removesuffix(".weight") for tensor in family.extra}
     assert never_loaded([*module_names(family), *extra], family.full_config()) == extra != set()
+
+
+def test_a_language_model_that_is_part_of_a_larger_one() -> None:
+    family, head = FAMILIES["llama4"], "language_model.lm_head"
+    modules = dict.fromkeys([*module_names(family), "language_model.model.embed_tokens", head])
+    vision = {"vision_model.layernorm_pre", "multi_modal_projector.linear_1", "language_model.model.layers.2.mlp.gate"}
+    assert never_loaded([*modules, *vision], family.full_config()) == vision
+    assert norm_readers("language_model.model.norm", modules) == [head]
+    assert [families.model_order(name) for name in ("language_model.model.embed_tokens", head)] == [0, 3]
+    query = "language_model.model.layers.0.self_attn.q_proj"
+    assert families.is_reordered(query, family.full_config())
+    assert not families.is_reordered(query, FAMILIES["llama"].full_config())

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from .linear import CPULinearMethod
+
 
 def gate_shared_expert(
     original: Callable[..., None],
@@ -62,9 +64,15 @@ def attend_llama4(
     hidden_states: torch.Tensor,
     forward_batch: Any,
 ) -> torch.Tensor:
-    """Instead of `Llama4Attention.forward`, which relies on a rotary kernel that writes in place, and on BF16."""
+    """Instead of `Llama4Attention.forward`, which relies on a rotary kernel that writes in place, and on BF16.
+
+    Its rotary embedding takes each head's even outputs before the odd ones, so SGLang reorders the rows of q_proj and
+    k_proj as it loads them; a layer of ours has them as in the file.
+    """
     qkv, _ = attention.qkv_proj(hidden_states)
     q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+    if isinstance(attention.qkv_proj.quant_method, CPULinearMethod):
+        q, k = (one.reshape(len(one), -1, attention.head_dim // 2, 2).mT.flatten(1) for one in (q, k))
     if attention.rotary_emb is not None:
         q, k = attention.rotary_emb(positions, q.contiguous(), k.contiguous())
     if attention.qk_norm is not None:

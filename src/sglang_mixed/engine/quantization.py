@@ -13,6 +13,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 
 from ..errors import CoverageError, UnsupportedError
 from ..plan import PlannedModule
+from ..plan.families import is_reordered
 from . import state
 from .cpu_platform import runs_on_torch_cpu
 from .linear import CPULinearMethod
@@ -101,6 +102,13 @@ class MixedPrecisionQuantization(QuantizationConfig):
         parts = [self._module(name) for _, name in fused_parts(prefix, self._planned)]
         if self._stock is None:
             return CPULinearMethod(parts)
+        plan = self._loading.plan.plan
+        if any(is_reordered(part.name, plan.checkpoints[plan.base].config) for part in parts):
+            raise UnsupportedError(
+                "SGLang reorders the rows of this model's query and key projections, in 16 bits only",
+                tensor=prefix,
+                remedy="serve this model's mix on the CPU",
+            )
         return self._stock.linear(prefix, parts)
 
     def _moe_method(self, layer: FusedMoE, prefix: str) -> QuantizeMethodBase | None:

@@ -66,6 +66,12 @@ _HEADS = {
 }
 #: Architectures whose head SGLang does not tie, whatever `tie_word_embeddings` says.
 _NEVER_TIED = frozenset(f"{name}ForCausalLM" for name in ("Qwen2Moe", "Qwen3Moe", "Mixtral", "Glm4Moe", "GptOss"))
+#: Architecture -> how the names of what SGLang leaves aside begin: it serves these models' text only, unless told.
+_TEXT_ONLY = {"Llama4ForConditionalGeneration": ("vision_model.", "multi_modal_projector.")}
+#: What the names of a language model begin with, where it is part of a larger model.
+_LANGUAGE_MODEL = "language_model."
+#: model_type -> the projections whose rows SGLang reorders when it loads them, in 16 bits.
+_REORDERED = {"llama4_text": ("q_proj", "k_proj")}
 #: Layers past the last for multi-token prediction; no model appends more.
 _MAX_EXTRA_LAYERS = 8
 
@@ -124,16 +130,20 @@ def num_experts(config: Mapping[str, Any]) -> int:
 
 
 def never_loaded(modules: Iterable[str], config: Mapping[str, Any]) -> set[str]:
-    """Modules a checkpoint may hold and the engine leaves aside: rotary tables, MTP layers, a tied head."""
-    text = text_config(config)
+    """Modules a checkpoint may hold and the engine leaves aside: rotary tables, MTP layers, a tied head, vision."""
+    text, architectures = text_config(config), config.get("architectures") or ()
     layers = int(text.get("num_hidden_layers") or 0)
-    extra = tuple(f"model.layers.{layer}." for layer in range(layers, layers + _MAX_EXTRA_LAYERS)) if layers else ()
+    further = range(layers, layers + _MAX_EXTRA_LAYERS) if layers else ()
+    owners = ("",) if text is config else ("", _LANGUAGE_MODEL)
+    aside = [f"{owner}model.layers.{layer}." for owner in owners for layer in further]
+    aside += [start for name in architectures for start in _TEXT_ONLY.get(name, ())]
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings")))
-    tied = tied and _NEVER_TIED.isdisjoint(config.get("architectures") or ())
+    tied = tied and _NEVER_TIED.isdisjoint(architectures)
+    begins = tuple(aside)
     return {
         name
         for name in modules
-        if name.endswith("rotary_emb") or name.startswith(extra) or (tied and name == "lm_head")
+        if name.endswith("rotary_emb") or name.startswith(begins) or (tied and name == "lm_head")
     }
 
 
@@ -167,7 +177,8 @@ def norm_readers(norm: str, modules: Mapping[str, object]) -> list[str]:
     """The modules of `modules` that read a norm's output; empty for a norm whose output no linear reads."""
     layer, suffix = _split_layer(norm)
     if layer is None:
-        return ["lm_head"] if suffix.endswith("norm") and "lm_head" in modules else []
+        head = f"{norm.removesuffix('model.norm')}lm_head"
+        return [head] if suffix.endswith("model.norm") and head in modules else []
     if f"{layer}.{_SANDWICH}" in modules:
         suffix = {"post_attention_layernorm": "", _SANDWICH: "post_attention_layernorm"}.get(suffix, suffix)
     found = []
@@ -203,6 +214,11 @@ def heads_field(name: str) -> str | None:
     return _HEADS.get(name.rpartition(".")[2])
 
 
+def is_reordered(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether SGLang reorders the rows of the module's weight as it loads it, which it can do in 16 bits only."""
+    return name.rpartition(".")[2] in _REORDERED.get(str(text_config(config).get("model_type")), ())
+
+
 def is_router(name: str) -> bool:
     """Whether the module chooses the experts of each token."""
     return name.endswith(_ROUTERS)
@@ -220,4 +236,4 @@ def is_key_value(name: str) -> bool:
 
 def model_order(name: str) -> int:
     """Where a module stands in a model: embeddings, layers, final norm, head."""
-    return 0 if is_embedding(name) else 1 if ".layers." in name else 3 if name.startswith("lm_head") else 2
+    return 0 if is_embedding(name) else 1 if ".layers." in name else 3 if name.endswith("lm_head") else 2
