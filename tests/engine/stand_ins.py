@@ -42,7 +42,12 @@ def replace_linear_kernels(replace: Replace) -> None:
         AWQLinearMethod,
     ):
         replace(kind, "process_weights_after_loading", lambda self, layer: None)
-    replace(LinearRun, "run", lambda self, x: (x.double() @ decoded(self).T).to(x.dtype))
+    replace(LinearRun, "run", _run)
+
+
+def _run(self: LinearRun, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    output = x.double() @ decoded(self).T
+    return (output if bias is None else output + bias.double()).to(x.dtype)
 
 
 class StandInRunner:

@@ -119,7 +119,7 @@ def _by_triton(method: Callable[[LinearBase], LinearMethodBase]) -> Callable[[Li
 
         found: Any = method(layer)
         found.w8a8_block_fp8_linear = triton_w8a8_block_fp8_linear
-        return found  # type: ignore[no-any-return]
+        return found
 
     return chosen
 

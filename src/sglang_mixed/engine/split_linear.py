@@ -67,9 +67,9 @@ class LinearRun(Converted):
         self.method = method
         self.note_padding()
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out of these parts]."""
-        output: torch.Tensor = self.method.apply(self.matrix, x, None)
+        output: torch.Tensor = self.method.apply(self.matrix, x, bias)
         return output
 
 
@@ -107,8 +107,9 @@ class SplitLinear(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        outputs = [run.run(x) for run in self.runs]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if len(self.runs) == 1:
+            return self.runs[0].run(x, bias)
+        output = torch.cat([run.run(x) for run in self.runs], dim=-1)
         return output if bias is None else output + bias
 
 
