@@ -213,3 +213,16 @@ def test_zero_points_that_nothing_shows_are_refused(mapped: Mapped, tmp_path: Pa
     assert caught.value.file == str(packed / "model.safetensors") and str(caught.value.tensor).endswith("qzeros")
     with pytest.raises(FormatError, match="far from the original"):
         mapped({ORIGIN: "gptq"}, gptq=packed)
+
+
+def test_experts_in_a_layout_that_is_not_read_are_named(mapped: Mapped, tmp_path: Path) -> None:
+    def fused(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            del tensors[name]
+        for layer in range(2):
+            owner = f"model.layers.{layer}.mlp.experts"
+            tensors[f"{owner}.gate_up_proj"] = torch.zeros(4, 256, 64).to(torch.float8_e4m3fn)
+            tensors[f"{owner}.gate_up_proj_scale_inv"] = torch.ones(4, 8, 2)
+
+    with pytest.raises(CoverageError, match="gate_up_proj, gate_up_proj_scale_inv of all experts of a layer are in a layout that is not read"):
+        mapped({"**.experts.**": "fp8"}, fp8=write(tmp_path / "fused", "fp8", change=fused))

@@ -45,6 +45,14 @@ class StockMethods:
 
     def experts(self, prefix: str, experts: Sequence[ExpertModules]) -> QuantizeMethodBase | None:
         """The method for a layer of these experts, all of this rank; None is SGLang's own for 16 bits."""
+        if any(module.bias for expert in experts for module in expert):
+            raise UnsupportedError(
+                "on an accelerator experts with biases are not served from a map",
+                tensor=prefix,
+                rule="SGLang loads these from tensors of all experts of a layer only, and multiplies by each format's "
+                "experts without biases",
+                remedy="serve this checkpoint without a map, or on the CPU",
+            )
         if all(module.format.name == "plain" for expert in experts for module in expert):
             return None
         return MixedMoE(prefix, experts)

@@ -2,7 +2,7 @@
 
 Read: compressed-tensors' `mxfp4-pack-quantized`, AutoRound's and Quark's exports (uint8 values [out, in/2] and
 exponents [out, in/32], biased by 127), and DeepSeek's experts (the same as I8 `weight` and F8_E8M0 `scale`).
-GPT-OSS stacks all experts of a layer in one tensor, which is recognised and not read.
+GPT-OSS's, stacked over all experts of a layer, come here as each expert's uint8 `weight` and `weight_scale`.
 """
 
 from __future__ import annotations

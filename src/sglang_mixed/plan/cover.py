@@ -11,6 +11,7 @@ from ..errors import CoverageError, FormatError, ShapeError
 from ..formats import ModuleFormat, TensorInfo
 from ..formats.base import CACHE_SCALES, weight_tensors
 from ..formats.gptq import zero_offset_from
+from .families import expert_of
 from .fold import fold
 from .plan import PlannedModule
 from .resolve import Assignment
@@ -156,12 +157,20 @@ def _refuse_missing(missing: list[str], checkpoints: Mapping[str, Checkpoint], a
     same = fold(name for name in missing if assignment.source(name) == source)
     lines = "".join(f'\n    "{pattern}": {others[0]}' for pattern in same[:8]) if others else ""
     raise CoverageError(
-        f"the source {source} does not hold {len(missing)} of the modules it should give",
+        f"the source {source} does not hold {len(missing)} of the modules it should give"
+        + _fused_instead(first, checkpoints[source]),
         file=checkpoints[source].path,
         tensor=first,
         rule=f"the chosen source holds the module (chosen by {assignment.reason(first)})",
         remedy=f"add to weight_mapping:{lines}" if lines else f"complete the checkpoint {source}",
     )
+
+
+def _fused_instead(module: str, checkpoint: Checkpoint) -> str:
+    """Where the source has a layer's experts in tensors that could not be taken apart, these."""
+    expert = expert_of(module.rpartition(".")[0])
+    fused = checkpoint.modules.get(expert[0]) if expert else None
+    return f" ({', '.join(sorted(fused))} of all experts of a layer are in a layout that is not read)" if fused else ""
 
 
 def _require_zero_bias(module: str, checkpoint: Checkpoint) -> None:
