@@ -21,7 +21,7 @@ RUN = 32
 
 @dataclass(frozen=True, slots=True)
 class FourBits:
-    """W = (code - zero point) x scale; a zero point is the stored one plus `zero_offset`, or 8 where none is kept.
+    """W = (code - zero point) x scale; all zero points are 8 where none is kept.
 
     `order` is that of the words of `codes` (and, in AWQ, of `zeros`); `by_rows` says that scales and zeros lie
     [out, groups]; with act-order a column's group is in `g_idx`.
@@ -34,7 +34,6 @@ class FourBits:
     g_idx: str | None
     group_size: int
     scale_dtype: str
-    zero_offset: int = 0
     by_rows: bool = False
 
     def scales_of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -74,7 +73,7 @@ def four_bits(format: ModuleFormat) -> FourBits | None:
 
 def _gptq(p: Any) -> FourBits:
     zeros, g_idx = None if p.symmetric else "qzeros", "g_idx" if p.act_order else None
-    return FourBits("gptq", "qweight", "scales", zeros, g_idx, p.group_size, p.scale_dtype, p.zero_offset)
+    return FourBits("gptq", "qweight", "scales", zeros, g_idx, p.group_size, p.scale_dtype)
 
 
 def _awq(p: Any) -> FourBits:

@@ -76,14 +76,15 @@ class Int4:
 
     def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
         """Compiled; else few bf16 rows: torch's kernel; more rows or another dtype: panels."""
-        bits, zeros = _view(format), resident.get("zeros")
+        # GPTQ's v1 stores zero points less 1.
+        offset: int = getattr(format.parameters, "zero_offset", 0)
         if "permutation" in resident:
             x = x.index_select(1, resident["permutation"])
         if layout_is_known() and native.takes(x):
-            return native.Nibbles(resident["nibbles"], resident["scales"], zeros, bits.zero_offset).linear(x)
+            return native.Nibbles(resident["nibbles"], resident["scales"], resident.get("zeros"), offset).linear(x)
         if layout_is_known() and (x.dtype != torch.bfloat16 or x.shape[0] >= MANY_ROWS):
-            return _by_panels(x, resident, bits)
-        return _by_op(x.to(torch.bfloat16), resident, bits).to(x.dtype)
+            return _by_panels(x, resident, offset)
+        return _by_op(x.to(torch.bfloat16), resident, offset).to(x.dtype)
 
 
 def _view(format: ModuleFormat) -> FourBits:
@@ -92,30 +93,31 @@ def _view(format: ModuleFormat) -> FourBits:
     return bits
 
 
-def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], bits: FourBits) -> torch.Tensor:
+def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], offset: int) -> torch.Tensor:
     """[rows, in] bf16 through torch's kernel; what bf16 zeros lose is added in float32."""
     scales, nibbles, x = resident["scales"], resident["nibbles"], aligned(x)
-    size = math.gcd(bits.group_size, LARGEST_GROUP)
-    repeats = bits.group_size // size
+    group_size = x.shape[1] // scales.shape[0]
+    size = math.gcd(group_size, LARGEST_GROUP)
+    repeats = group_size // size
     both = torch.empty(*scales.shape, 2, dtype=torch.bfloat16)
     if "zeros" not in resident:
         both.view(torch.int32).squeeze(-1).copy_(_bf16_bits(scales))
         return torch._weight_int4pack_mm_for_cpu(x, nibbles, size, both.repeat_interleave(repeats, 0))
-    zeros = _zero_points(resident["zeros"], bits).sub_(8).neg_() * scales.float()
+    zeros = _zero_points(resident["zeros"], offset).sub_(8).neg_() * scales.float()
     both[..., 0], both[..., 1] = scales, zeros
     y = torch._weight_int4pack_mm_for_cpu(x, nibbles, size, both.repeat_interleave(repeats, 0))
-    sums = x.float().view(len(x), len(scales), bits.group_size).sum(-1)
+    sums = x.float().view(len(x), len(scales), group_size).sum(-1)
     return y.float().addmm_(sums, zeros - both[..., 1].float()).to(x.dtype)
 
 
-def _by_panels(x: torch.Tensor, resident: Mapping[str, torch.Tensor], bits: FourBits) -> torch.Tensor:
+def _by_panels(x: torch.Tensor, resident: Mapping[str, torch.Tensor], offset: int) -> torch.Tensor:
     """[rows, in] times panels of Wᵀ [in, some out], decoded a tile of torch's layout at a time."""
     columns, (groups, rows), dtype = x.shape[1], resident["scales"].shape, compute_dtype(x)
     # What is decoded is 16·(q - 8), see nibbles.signed_halves.
     # Zero points may make groups cancel out, which leaves no room for rounded scales: float32.
     zeros = None
     if "zeros" in resident:
-        zeros = _zero_points(resident["zeros"], bits).sub_(8).mul_(16).unsqueeze(1)
+        zeros = _zero_points(resident["zeros"], offset).sub_(8).mul_(16).unsqueeze(1)
     work = dtype if zeros is None else torch.float32
     scales = (resident["scales"].to(work) / 16).unsqueeze(1)
     width = max(1, PANEL_BYTES // (dtype.itemsize * columns * TILE)) * TILE
@@ -124,8 +126,8 @@ def _by_panels(x: torch.Tensor, resident: Mapping[str, torch.Tensor], bits: Four
         for low, high in tiles(stop, start):
             halves = signed_halves(resident["nibbles"], low, high)
             for half, own in zip(halves, rows_of_halves(low, high), strict=True):
-                codes = half.to(work).view(groups, bits.group_size, -1)
-                target = panel.view(groups, bits.group_size, -1)[..., own.start - start : own.stop - start : own.step]
+                codes = half.to(work).view(groups, columns // groups, -1)
+                target = panel.view(groups, columns // groups, -1)[..., own.start - start : own.stop - start : own.step]
                 if zeros is None:
                     torch.mul(codes, scales[..., own], out=target)
                 else:
@@ -140,10 +142,10 @@ def _bf16_bits(scales: torch.Tensor) -> torch.Tensor:
     return scales.float().to(torch.bfloat16).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
 
 
-def _zero_points(zeros: torch.Tensor, bits: FourBits) -> torch.Tensor:
+def _zero_points(zeros: torch.Tensor, offset: int) -> torch.Tensor:
     """float32 [groups, out]; 16 is a possible one, it does not wrap."""
     codes = unpack(zeros.t(), BITS).t()
-    return codes.to(torch.float32, memory_format=torch.contiguous_format).add_(bits.zero_offset)
+    return codes.to(torch.float32, memory_format=torch.contiguous_format).add_(offset)
 
 
 def _sorting(g_idx: torch.Tensor, bits: FourBits) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,7 +76,7 @@ class Octets:
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] -> [rows, out] in x's dtype."""
-        (out, columns), rows = self.weight.shape, len(x)
+        (out, columns), rows = self.weight.shape, x.shape[0]
         assert rows > 0 and x.shape[1] == columns
         if rows <= MAX_ROWS:
             return _product("octets_product", self._struct(), x, out, BLOCK)
@@ -119,7 +119,7 @@ class Nibbles:
 
     def __post_init__(self) -> None:
         out, columns = self.shape
-        groups = len(self.scales)
+        groups = self.scales.shape[0]
         fits = self.scales.shape == (groups, out) and columns % groups == 0 and columns // groups % DEPTH == 0
         fits = fits and self.scales.dtype in FLOAT_TYPES and out % 16 == 0 and self.nibbles.itemsize == 1
         fits = fits and all(one.is_contiguous() for one in (self.nibbles, self.scales))
@@ -134,7 +134,7 @@ class Nibbles:
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] -> [rows, out] in x's dtype."""
-        (out, columns), rows = self.shape, len(x)
+        (out, columns), rows = self.shape, x.shape[0]
         assert rows > 0 and x.shape[1] == columns
         if rows <= MAX_ROWS:
             return _product("nibbles_product", self._struct(), x, out, TILE)
@@ -157,7 +157,7 @@ class Nibbles:
 
     def _struct(self) -> _Nibbles:
         (out, columns), zeros = self.shape, None if self.qzeros is None else self.qzeros.data_ptr()
-        addresses, size = (self.nibbles.data_ptr(), self.scales.data_ptr(), zeros), columns // len(self.scales)
+        addresses, size = (self.nibbles.data_ptr(), self.scales.data_ptr(), zeros), columns // self.scales.shape[0]
         return _Nibbles(*addresses, out, columns, size, FLOAT_TYPES[self.scales.dtype], self.zero_offset)
 
 
