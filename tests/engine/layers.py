@@ -28,10 +28,12 @@ WRITERS: dict[str, Callable[[np.random.Generator, int, int], packers.Packed]] = 
     "gptq-channel": lambda rng, out, columns: packers.gptq(rng, out, columns, group=-1, order="none"),
     "gptq-8-bit": lambda rng, out, columns: packers.gptq(rng, out, columns, group=32, bits=8, version=2),
     "gptq-asymmetric": lambda rng, out, columns: packers.gptq(rng, out, columns, sym=False, version=2),
+    "gptq-asymmetric-64": lambda rng, out, columns: packers.gptq(rng, out, columns, group=64, sym=False, version=2),
     "gptq-act-order": lambda rng, out, columns: packers.gptq(
         np.random.default_rng(columns), out, columns, order="act", scale_dtype=torch.bfloat16
     ),
     "awq": lambda rng, out, columns: packers.awq(rng, out, columns, group=64),
+    "awq-32": lambda rng, out, columns: packers.awq(rng, out, columns, group=32),
     "packed": lambda rng, out, columns: packers.packed(rng, out, columns, group=64),
     "packed-asymmetric": lambda rng, out, columns: packers.packed(rng, out, columns, group=32, sym=False),
     "packed-8-bit": lambda rng, out, columns: packers.packed(rng, out, columns, strategy="channel", bits=8),
