@@ -1,14 +1,13 @@
 /* Four-bit codes from a checkpoint's words to torch's tiles and back, and a search for NaN: at the memory's speed.
  *
- * Between the two, eight columns of one tile lie as octets. Words hold eight codes, the lowest nibble first: along `in`
- * in GPTQ's [in / 8, out] and in compressed-tensors' [out, in / 8], along `out` in AWQ's [in, out / 8] (column
- * 0, 2, 4, 6, 1, 3, 5, 7 of eight).
+ * Words hold eight codes, the lowest nibble first: along `in` in GPTQ's [in / 8, out] and in compressed-tensors'
+ * [out, in / 8], along `out` in AWQ's [in, out / 8] (column 0, 2, 4, 6, 1, 3, 5, 7 of eight).
  */
 #include "vectors.h"
 
 enum { GPTQ = 0, AWQ = 1, PACKED = 2, TILE = 64, EIGHT = 8, ACROSS = 16 };
 
-typedef uint8_t columns[EIGHT][TILE];
+#define LOW_NIBBLES 0x0F0F0F0Fu
 typedef uint32_t words_of_eight __attribute__((vector_size(4 * EIGHT)));
 typedef uint64_t eights __attribute__((vector_size(8 * EIGHT)));
 
@@ -33,24 +32,6 @@ INLINE eights gather(eights four)
     four &= 0x000F000F000F000F;
     four = (four | four >> 12) & 0x000000FF000000FF;
     return (four | four >> 24) & 0xFFFF;
-}
-
-/* Eight words along `in`, one for each row, as columns. */
-INLINE void from_words(const uint32_t *words, long width, columns c)
-{
-    for (long j = 0; j < EIGHT; j++)
-        for (long row = 0; row < width; row++)
-            c[j][row] = words[row] >> 4 * j & 15;
-}
-
-INLINE void to_words(columns c, long width, uint32_t *words)
-{
-    for (long row = 0; row < width; row++) {
-        uint32_t word = 0;
-        for (long j = 0; j < EIGHT; j++)
-            word |= (uint32_t)c[j][row] << 4 * j;
-        words[row] = word;
-    }
 }
 
 INLINE void from_awq(const uint32_t *words, long width, uint8_t *column)
@@ -100,18 +81,41 @@ INLINE uint8_t *octets_at(const packing *p, long n, long k, long width)
     return p->tiles + n * p->in / 2 + (p->place ? p->place[k] : k) * width / 2;
 }
 
-INLINE void columns_to_tile(const packing *p, columns c, long n, long k, long width)
+/* Eight columns of a tile from words of them, one for each row. Two words whose rows share octets are eight octets, four
+ * with the even columns and four with the odd ones. */
+INLINE void words_to_tile(const packing *p, const uint32_t *words, long n, long k, long width)
 {
-    for (long j = 0; j < EIGHT; j++)
-        to_tile(c[j], width, octets_at(p, n, k + j, width));
+    uint32_t even[TILE / 2], odd[TILE / 2];
+    for (long i = 0; i < width / 2; i++) {
+        uint32_t low = words[width == TILE ? i : 2 * i], high = words[width == TILE ? i + TILE / 2 : 2 * i + 1];
+        even[i] = (low & LOW_NIBBLES) | (high & LOW_NIBBLES) << 4;
+        odd[i] = (low >> 4 & LOW_NIBBLES) | (high & ~LOW_NIBBLES);
+    }
+    for (long j = 0; j < EIGHT; j += 2) {
+        uint8_t *to = octets_at(p, n, k + j, width), *next = octets_at(p, n, k + j + 1, width);
+        for (long i = 0; i < width / 2; i++)
+            to[i] = even[i] >> 4 * j;
+        for (long i = 0; i < width / 2; i++)
+            next[i] = odd[i] >> 4 * j;
+    }
 }
 
-INLINE void columns_of_tile(const packing *p, columns c, long n, long k, long width)
+INLINE void words_of_tile(const packing *p, uint32_t *words, long n, long k, long width)
 {
+    uint32_t even[TILE / 2] = {0}, odd[TILE / 2] = {0};
     if (p->place) /* the next tile, in order: whoever takes columns from all over it would wait for each */
         prefetch(p->tiles + (n + TILE) * p->in / 2 + k * TILE / 2, EIGHT * TILE / 2);
-    for (long j = 0; j < EIGHT; j++)
-        from_tile(octets_at(p, n, k + j, width), width, c[j]);
+    for (long j = 0; j < EIGHT; j += 2) {
+        const uint8_t *from = octets_at(p, n, k + j, width), *next = octets_at(p, n, k + j + 1, width);
+        for (long i = 0; i < width / 2; i++)
+            even[i] |= (uint32_t)from[i] << 4 * j;
+        for (long i = 0; i < width / 2; i++)
+            odd[i] |= (uint32_t)next[i] << 4 * j;
+    }
+    for (long i = 0; i < width / 2; i++) {
+        words[width == TILE ? i : 2 * i] = (even[i] & LOW_NIBBLES) | (odd[i] & LOW_NIBBLES) << 4;
+        words[width == TILE ? i + TILE / 2 : 2 * i + 1] = (even[i] >> 4 & LOW_NIBBLES) | (odd[i] & ~LOW_NIBBLES);
+    }
 }
 
 /* 16 x 16 words. */
@@ -171,63 +175,57 @@ INLINE void turn(uint32_t *rows, long stride, long width, long count, uint32_t (
 INLINE void pack_by_rows(const packing *p, long n, long width)
 {
     uint32_t turned[ACROSS][TILE];
-    columns c;
     for (long k = 0, count; k < p->in; k += count * EIGHT) {
         count = least(ACROSS, (p->in - k) / EIGHT);
         turn(p->words + (n * p->in + k) / EIGHT, p->in / EIGHT, width, count, turned, 0);
-        for (long j = 0; j < count; j++) {
-            from_words(turned[j], width, c);
-            columns_to_tile(p, c, n, k + j * EIGHT, width);
-        }
+        for (long j = 0; j < count; j++)
+            words_to_tile(p, turned[j], n, k + j * EIGHT, width);
     }
 }
 
 INLINE void unpack_by_rows(const packing *p, long n, long width)
 {
     uint32_t turned[ACROSS][TILE] = {0};
-    columns c;
     for (long k = 0, count; k < p->in; k += count * EIGHT) {
         count = least(ACROSS, (p->in - k) / EIGHT);
-        for (long j = 0; j < count; j++) {
-            columns_of_tile(p, c, n, k + j * EIGHT, width);
-            to_words(c, width, turned[j]);
-        }
+        for (long j = 0; j < count; j++)
+            words_of_tile(p, turned[j], n, k + j * EIGHT, width);
         turn(p->words + (n * p->in + k) / EIGHT, p->in / EIGHT, width, count, turned, 1);
     }
 }
 
 INLINE void pack_tile(const packing *p, long n, long width)
 {
-    columns c;
-    if (p->order == PACKED) {
+    uint8_t columns[EIGHT][TILE];
+    if (p->order == PACKED)
         pack_by_rows(p, n, width);
-        return;
-    }
-    for (long k = 0; k < p->in; k += EIGHT) {
-        if (p->order == GPTQ)
-            from_words(p->words + k / EIGHT * p->out + n, width, c);
-        else
+    else if (p->order == GPTQ)
+        for (long k = 0; k < p->in; k += EIGHT)
+            words_to_tile(p, p->words + k / EIGHT * p->out + n, n, k, width);
+    else
+        for (long k = 0; k < p->in; k += EIGHT) { /* rather than by one: reads and writes in turn are slower */
             for (long j = 0; j < EIGHT; j++)
-                from_awq(p->words + ((k + j) * p->out + n) / EIGHT, width, c[j]);
-        columns_to_tile(p, c, n, k, width);
-    }
+                from_awq(p->words + ((k + j) * p->out + n) / EIGHT, width, columns[j]);
+            for (long j = 0; j < EIGHT; j++)
+                to_tile(columns[j], width, octets_at(p, n, k + j, width));
+        }
 }
 
 INLINE void unpack_tile(const packing *p, long n, long width)
 {
-    columns c;
-    if (p->order == PACKED) {
+    uint8_t columns[EIGHT][TILE] = {0};
+    if (p->order == PACKED)
         unpack_by_rows(p, n, width);
-        return;
-    }
-    for (long k = 0; k < p->in; k += EIGHT) {
-        columns_of_tile(p, c, n, k, width);
-        if (p->order == GPTQ)
-            to_words(c, width, p->words + k / EIGHT * p->out + n);
-        else
+    else if (p->order == GPTQ)
+        for (long k = 0; k < p->in; k += EIGHT)
+            words_of_tile(p, p->words + k / EIGHT * p->out + n, n, k, width);
+    else
+        for (long k = 0; k < p->in; k += EIGHT) {
             for (long j = 0; j < EIGHT; j++)
-                to_awq(c[j], width, p->words + ((k + j) * p->out + n) / EIGHT);
-    }
+                from_tile(octets_at(p, n, k + j, width), width, columns[j]);
+            for (long j = 0; j < EIGHT; j++)
+                to_awq(columns[j], width, p->words + ((k + j) * p->out + n) / EIGHT);
+        }
 }
 
 /* Rows [start, stop), whole tiles, to tiles. */
