@@ -123,6 +123,13 @@ for o, c in ODD:
             f"{o}x{c} {name} {dtype} {config['quant_method']}",
         )
     for label, b, scale_shape, config, options in (
+        (
+            "FP8 128x128",
+            (128, 128),
+            (-(-o // 128), 1, -(-c // 128), 1),
+            {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"},
+            {},
+        ),
         ("FP8 channel", (1, c), (o, 1), compressed("float", "channel"), {}),
         ("FP8 channel", (1, c), (o,), FP8, {"scale_dtype": torch.bfloat16}),
         ("FP8 channel", (1, c), (o,), {}, {"scale_dtype": torch.float16}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from ..errors import FormatError, InconsistentFormatError
 from .base import FLOAT_DTYPES, Axis, Shape, TensorInfo, TensorSpec, bias_spec
 from .schemes import Scheme, schemes
 
+T = TypeVar("T")
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 #: MXFP8's blocks, whose e8m0 scales are stored as bytes.
 MX_BLOCK = (1, 32)
@@ -74,7 +75,7 @@ def scaled_specs(
 ) -> dict[str, TensorSpec]:
     """`weight`, its scale, and `input_scale` where activations are static."""
     if block:
-        axes: tuple[Axis, ...] = (Axis("out", block[0]), Axis("in", block[1]))
+        axes = _block_shape(parameters.scale_shape, Axis("out", block[0]), Axis("in", block[1]), Axis(None))
     elif parameters.granularity == "channel":
         axes = (Axis("out"), Axis(None))[: len(parameters.scale_shape)]
     else:
@@ -94,16 +95,23 @@ def scaled_specs(
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as float32, whatever they are stored in."""
+    """Scales as float32, whatever they are stored in; those of blocks as a matrix."""
+    if scale.ndim == 4:
+        scale = scale.squeeze(3).squeeze(1)
     return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).to(torch.float32)
 
 
 def _scale_shape(parameters: ScaledParameters, block: tuple[int, int] | None, shape: Shape) -> Shape:
     if block:
-        return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+        return _block_shape(parameters.scale_shape, math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1]), 1)
     if parameters.granularity == "channel":
         return (shape[0], 1)[: len(parameters.scale_shape)]
     return parameters.scale_shape
+
+
+def _block_shape(stored: Shape, rows: T, columns: T, one: T) -> tuple[T, ...]:
+    """For a matrix of block scales, in which ModelOpt keeps two dimensions of length 1."""
+    return (rows, one, columns, one) if len(stored) == 4 else (rows, columns)
 
 
 def _scale_name(module: str, tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -163,7 +171,8 @@ def _shapes(scheme: Scheme, weight: Shape) -> tuple[Shape, ...]:
     if scheme.granularity == "channel":
         return (weight[0],), (weight[0], 1)
     if scheme.granularity == "block" and scheme.block and scheme.kind == "float8":
-        return ((math.ceil(weight[0] / scheme.block[0]), math.ceil(weight[1] / scheme.block[1])),)
+        grid = math.ceil(weight[0] / scheme.block[0]), math.ceil(weight[1] / scheme.block[1])
+        return grid, (grid[0], 1, grid[1], 1)
     return ()
 
 

@@ -50,7 +50,7 @@ class FP8(FileLayout):
         """Compiled; else few bf16 rows: scales folded into x; more rows or another dtype: panels."""
         p: FP8Parameters = format.parameters
         weight, scale = resident["weight"].view(torch.int8), resident[p.scale_name]
-        if scale.dtype not in native.FLOAT_TYPES:
+        if scale.dtype not in native.FLOAT_TYPES or scale.ndim == 4:
             scale = scale_values(scale)
         if native.takes(x):
             height, width = p.block or (1 if scale.numel() > 1 else len(weight), x.shape[1])
