@@ -95,18 +95,22 @@ def test_octets_end_where_they_end(library: None, out: int, columns: int, rows: 
         right(panel, expected[out // 2 :])
 
 
+def tiled(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [out, in] in torch's layout."""
+    octets = []
+    for tile in codes.split(64):
+        first, second = (tile[:32], tile[32:]) if len(tile) == 64 else (tile[::2], tile[1::2])
+        octets.append((first | second << 4).t().reshape(-1))
+    return torch.cat(octets).to(torch.uint8).view(len(codes), -1)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 32])
 @pytest.mark.parametrize(("out", "group"), [(16, 32), (64, 64), (112, 32), (192, 128), (80, 1056)])
 def test_nibbles_end_where_they_end(library: None, out: int, group: int, rows: int) -> None:
     groups = 3
     codes = torch.randint(0, 16, (out, groups * group), generator=GENERATOR)
     zeros = torch.randint(0, 16, (groups, out), generator=GENERATOR)
-    packed = []
-    for low in range(0, out, 64):
-        tile = codes[low : low + 64].t()
-        first, second = (tile[:, :32], tile[:, 32:]) if tile.shape[1] == 64 else (tile[:, ::2], tile[:, 1::2])
-        packed.append((first | second << 4).reshape(-1))
-    nibbles = before_a_wall(torch.cat(packed).to(torch.uint8).view(out, -1))
+    nibbles = before_a_wall(tiled(codes))
     qzeros = before_a_wall((zeros[:, ::2] | zeros[:, 1::2] << 4).to(torch.uint8))
     x = torch.randn(rows, groups * group, generator=GENERATOR) + 0.5
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -152,6 +156,34 @@ def test_zeros_of_x_give_zeros(library: None) -> None:
     for kind in (native.FP8, native.INT8):
         y = native.Octets(kind, octet_weight(kind, 64, 256)[0], torch.ones(64), 1, 256).linear(x)
         assert torch.equal(y, torch.zeros(2, 64).bfloat16())
+
+
+@pytest.mark.parametrize("with_place", [False, True])
+@pytest.mark.parametrize("order", native.WORD_ORDERS)
+@pytest.mark.parametrize(("out", "columns"), [(16, 32), (64, 96), (112, 160), (192, 256)])
+def test_words_end_where_they_end(library: None, out: int, columns: int, order: str, with_place: bool) -> None:
+    codes = torch.randint(0, 16, (out, columns), generator=GENERATOR)
+    groups_of_eight = {
+        "gptq": codes.t().view(columns // 8, 8, out).transpose(1, 2),
+        "awq": codes.t().view(columns, out // 8, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]],
+        "packed": codes.view(out, columns // 8, 8),
+    }[order]
+    words = before_a_wall((groups_of_eight << 4 * torch.arange(8)).sum(-1).to(torch.int32))
+    place = before_a_wall(torch.randperm(columns, generator=GENERATOR).to(torch.int32)) if with_place else None
+    nibbles = native.pack_nibbles(words, order, (out, columns), place)
+    assert torch.equal(nibbles, tiled(codes if place is None else codes[:, place.argsort()]))
+    back = before_a_wall(torch.zeros_like(words))
+    native.unpack_nibbles(before_a_wall(nibbles), order, (out, columns), place, back)
+    assert torch.equal(back, words)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("place", [(0, 0), (40, 299), (129, 298), (129, 299)])
+def test_the_first_nan_is_found(library: None, place: tuple[int, int], code: int) -> None:
+    codes = torch.full((130, 300), 0x7E, dtype=torch.uint8)
+    assert native.find_nan(before_a_wall(codes)) is None
+    codes[place], codes[129, 299] = code, 0xFF
+    assert native.find_nan(before_a_wall(codes)) == place[0]
 
 
 def test_threads_share_a_product(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
