@@ -48,7 +48,7 @@ def fuse(tensors: Tensors, layout: Layout, with_bias: bool) -> Tensors:
 
 def write(folder: Path, model_type: str, fused: Tensors, **changes: Any) -> Path:
     layout = LAYOUTS[model_type]
-    described = {layout.num_experts: EXPERTS, "hidden_size": HIDDEN, layout.width: WIDTH, "model_type": model_type}
+    described = {"num_local_experts": EXPERTS, "hidden_size": HIDDEN, layout.width: WIDTH, "model_type": model_type}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**described, **changes}))
     named = {f"{OWNER}.{local}": tensor.contiguous() for local, tensor in fused.items()}

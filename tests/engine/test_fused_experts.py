@@ -1,24 +1,28 @@
-"""GPT-OSS, all experts of a layer in one tensor: as it is on the hub, and shared out as SGLang itself cannot."""
+"""All experts of a layer in one tensor: as GPT-OSS is on the hub, as transformers saves; shared out over EP ranks."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_mixed.checkpoint import open_checkpoint
+from sglang_mixed.checkpoint.fused_experts import LAYOUTS
 from sglang_mixed.engine.stock_methods import StockMethods
 from sglang_mixed.errors import UnsupportedError
 from sglang_mixed.plan import make_plan
 
 from .comparison import BOUND, REQUEST, largest_difference, random_prompts
 from .conftest import Engine
-from .families import EXPERT_WIDTH, EXPERTS, HIDDEN, VOCABULARY
+from .families import EXPERT_WIDTH, EXPERTS, FAMILIES, HIDDEN, LAYERS, VOCABULARY
 from .family_models import write_family
 from .mixes import SOURCES, write_mix
 from .reference import References
+from .test_families import transformers_model
 
 MIX = """\
 mixed_precision:
@@ -90,3 +94,20 @@ def test_on_an_accelerator_experts_with_biases_are_refused_before_a_weight_is_re
     with pytest.raises(UnsupportedError, match="experts with biases") as caught:
         StockMethods(rank).experts(owner, experts)
     assert caught.value.tensor == owner
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].model_type in LAYOUTS])
+def test_every_expert_of_what_transformers_holds_and_saves_is_found(family: str, tmp_path: Path) -> None:
+    tables = FAMILIES[family]
+    apart = open_checkpoint(write_family(tmp_path / "apart", replace(tables, fused=False)))
+    model = transformers_model(write_family(tmp_path / "hub", tables))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "saved", save_original_format=False)
+    saved = open_checkpoint(tmp_path / "saved")
+    assert not any(name.endswith(".experts") for name in saved.modules)
+    found = {name: name.removeprefix(tables.prefix) for name in apart.modules if ".experts." in name}
+    found = {name: there for name, there in found.items() if not there.startswith(f"model.layers.{LAYERS}.")}
+    assert len(found) >= 3 * EXPERTS
+    for name, there in found.items():
+        expected = apart.read(name)
+        for local, tensor in saved.read(there).items():
+            assert torch.equal(tensor, expected[local]), (name, local)

@@ -24,11 +24,10 @@ _MX_GROUP = 32
 class Layout(NamedTuple):
     """How a family's fused tensors lie: [experts, in, out] where `transposed`, else [experts, out, in].
 
-    Rows of gate and up stand in turns where `interleaved`, else all of gate before all of up. `num_experts` and `width`
-    are the config's fields of the number of experts and of an expert's intermediate size.
+    Rows of gate and up stand in turns where `interleaved`, else all of gate before all of up. `width` is the config's
+    field of an expert's intermediate size.
     """
 
-    num_experts: str
     width: str
     transposed: bool = False
     interleaved: bool = False
@@ -36,11 +35,14 @@ class Layout(NamedTuple):
 
 #: model_type -> its layout: the first two as on the hub, the others as transformers 5 holds them.
 LAYOUTS: dict[str, Layout] = {
-    "gpt_oss": Layout("num_local_experts", "intermediate_size", transposed=True, interleaved=True),
-    "llama4_text": Layout("num_local_experts", "intermediate_size", transposed=True),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), Layout("num_experts", "moe_intermediate_size")),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe"), Layout("n_routed_experts", "moe_intermediate_size")),
+    "gpt_oss": Layout("intermediate_size", transposed=True, interleaved=True),
+    "llama4_text": Layout("intermediate_size", transposed=True),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe"), Layout("moe_intermediate_size")
+    ),
 }
+#: The config's fields of the number of experts; transformers 5 renames them as it saves.
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class Stored(NamedTuple):
@@ -115,7 +117,8 @@ def slice_experts(config: Mapping[str, Any], shards: Sequence[Shard], modules: M
 
 def stored_tensors(layout: Layout, config: Mapping[str, Any]) -> dict[str, Stored]:
     """Local name below `….experts` -> what the tensor must be in a model of this layout and config."""
-    experts, hidden, width = (int(config.get(key) or 0) for key in (layout.num_experts, "hidden_size", layout.width))
+    num_experts = next((name for name in _NUM_EXPERTS if config.get(name)), _NUM_EXPERTS[0])
+    experts, hidden, width = (int(config.get(key) or 0) for key in (num_experts, "hidden_size", layout.width))
     found = {}
     for name, parts in PROJECTIONS.items():
         out, columns = (len(parts) * width, hidden) if len(parts) > 1 else (hidden, width)
