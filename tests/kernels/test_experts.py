@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import built
+from cases import built
 
 from sglang_mixed.kernels import pack
 from sglang_mixed.kernels.experts import ACTIVATIONS, Biases, Expert, Linear, clamped_swiglu, moe
