@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from sglang_mixed.checkpoint import Checkpoint, open_checkpoint
 from sglang_mixed.formats import get_format, nbytes
-from sglang_mixed.formats.base import CACHE_SCALES
+from sglang_mixed.formats.base import CACHE_SCALES, tensor_bytes, weight_tensors
 from sglang_mixed.formats.gptq import zero_offset_from
 
 ULPS = 2.0**-22  # two units in the last place of float32
@@ -44,7 +44,7 @@ def check(folder: Path, base: Checkpoint) -> bool:
             continue
         found = checkpoint.format(module)
         labels[get_format(found.name).label(found.parameters)] += 1
-        stored = sum(one.nbytes for local, one in checkpoint.read(module).items() if local not in CACHE_SCALES)
+        stored = sum(tensor_bytes(info) for info in weight_tensors(tensors).values())
         verdicts["bytes differ"] += nbytes(found) != stored
         original = base.dequantize(module)
         weight = decode(checkpoint, module, original)

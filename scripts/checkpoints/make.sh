@@ -17,6 +17,7 @@ environment train transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0
 environment autoround auto-round==0.15.1 transformers==5.23.0 compressed-tensors==0.19.0
 environment llmcompressor llmcompressor==0.14.0.1 compressed-tensors==0.19.0
 environment compressedtensors compressed-tensors==0.18.0 transformers==5.23.0 # the last release that knows weight_g_idx
+environment modelopt nvidia-modelopt==0.47.0 transformers==5.23.0 accelerate requests datasets
 environment gptqmodel gptqmodel==7.6.0 transformers==5.23.0
 
 export OMP_WAIT_POLICY=passive # threads that sleep while they wait: far faster on a machine that others use too

@@ -97,6 +97,14 @@ VARIANTS: Table = {
     "llmcompressor-nvfp4a16": llmcompressor("NVFP4A16"),
     "llmcompressor-mxfp4a16": llmcompressor("MXFP4A16"),
     "llmcompressor-mxfp8a16": llmcompressor("MXFP8A16"),
+    "modelopt-fp8": ("modelopt", {"config": "FP8_DEFAULT_CFG"}),
+    "modelopt-fp8-kv": ("modelopt", {"config": "FP8_DEFAULT_CFG", "kv_cache": "FP8_AFFINE_KV_CFG"}),
+    "modelopt-fp8-channel": ("modelopt", {"config": "FP8_PER_CHANNEL_PER_TOKEN_CFG"}),
+    "modelopt-fp8-block": ("modelopt", {"config": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"}),
+    "modelopt-nvfp4": ("modelopt", {"config": "NVFP4_DEFAULT_CFG"}),
+    "modelopt-nvfp4a16": ("modelopt", {"config": "W4A16_NVFP4_CFG"}),
+    "modelopt-mxfp4": ("modelopt", {"config": "MXFP4_DEFAULT_CFG"}),
+    "modelopt-mxfp8": ("modelopt", {"config": "MXFP8_DEFAULT_CFG"}),
     "llmcompressor-fp8-kv": llmcompressor("FP8", calibrate=True, kv_cache=True),
 }
 

@@ -273,6 +273,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Infos, str]] = {
         STATIC,
         "FP8 tensor static",
     ),
+    "NVIDIA FP8 with an affine cache": (
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        STATIC | infos(k_scale=("F32", []), k_bias=("BF16", [1, 2, 1, 64])),
+        "FP8 tensor static",
+    ),
     "NVIDIA NVFP4": (
         {
             "quant_method": "modelopt",

@@ -38,6 +38,8 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 #: Scales of a quantized key-value cache, which some exports put beside the weights of an attention layer: no part of
 #: any weight.
 CACHE_SCALES = frozenset(("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale"))
+#: Of a cache that is quantized about an offset (ModelOpt); only beside one of the scales, alone these are biases.
+CACHE_OFFSETS = frozenset(("k_bias", "v_bias"))
 COPY_AGAIN = "download or export the checkpoint again, or map this module to another source"
 
 Shape = tuple[int, ...]
@@ -130,7 +132,8 @@ def weight_tensors(tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo
     """A module's tensors without the scales of a key-value cache; all of them where there is nothing else."""
     if CACHE_SCALES.isdisjoint(tensors):
         return tensors
-    return {name: info for name, info in tensors.items() if name not in CACHE_SCALES} or tensors
+    of_cache = CACHE_SCALES | CACHE_OFFSETS
+    return {name: info for name, info in tensors.items() if name not in of_cache} or tensors
 
 
 def tensor_bytes(info: TensorInfo) -> int:
