@@ -58,10 +58,13 @@ def gptq_cases() -> None:
         (2, 48, 64, 32),
         (3, 96, 160, 32),
         (8, 36, 64, 64),
+        (8, 132, 320, 128),
+        (8, 64, 512, 32),
     ):
-        for sym, order in ((True, "none"), (False, "act")):
+        for sym, order in ((True, "none"), (True, "act"), (False, "act")):
+            is_ragged = order == "act" and columns % group
             CASES[f"gptq{bits} {out}x{columns} g{group} {sym} {order}"] = (
-                "chunked",
+                "int8_words" if bits == 8 and sym and not is_ragged else "chunked",
                 lambda rng, a=(out, columns), b=bits, g=group, s=sym, k=order: packers.gptq(
                     rng, *a, bits=b, group=g, sym=s, order=k
                 ),
@@ -100,7 +103,6 @@ def packed_fallback_cases() -> None:
         ("packed4 g16", {"group": 16}),
         ("packed3 g32", {"bits": 3}),
         ("packed8 g32 asym", {"bits": 8, "sym": False}),
-        ("packed8 g32 act", {"bits": 8, "act_order": True}),
     ):
         CASES[name] = "chunked", lambda rng, x=options: packers.packed(rng, 48, 64, **x)
 
@@ -108,10 +110,13 @@ def packed_fallback_cases() -> None:
 def eight_bit_cases() -> None:
     for out, columns in ((128, 256), (130, 36), (17, 1000)):
         for strategy, group in (("channel", None), ("tensor", None), ("group", 32), ("group", 128)):
-            CASES[f"packed8 {out}x{columns} {strategy} {group}"] = (
-                "int8",
-                lambda rng, a=(out, columns), s=strategy, g=group: packers.packed(rng, *a, bits=8, strategy=s, group=g),
-            )
+            for order in (False, True) if strategy == "group" and columns % (group or 1) == 0 else (False,):
+                CASES[f"packed8 {out}x{columns} {strategy} {group}{' act' if order else ''}"] = (
+                    "int8_words",
+                    lambda rng, a=(out, columns), s=strategy, g=group, k=order: packers.packed(
+                        rng, *a, bits=8, strategy=s, group=g, act_order=k
+                    ),
+                )
     for o, c in ((128, 256), (130, 33), (830, 545), (16, 1000)):
         grid = (-(-o // 128), -(-c // 128))
         for kind in ("float", "int"):

@@ -21,6 +21,7 @@ KERNELS: dict[str, str] = {
     "small": "chunked:Small",
     "int4": "int4:Int4",
     "int8": "int8:Int8",
+    "int8_words": "int8_words:Int8Words",
     "fp8": "fp8:FP8",
     "chunked": "chunked:Chunked",
 }

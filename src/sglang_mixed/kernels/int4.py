@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import UnsupportedError
 from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
 from ..formats.bit_stream import unpack
@@ -21,6 +20,7 @@ from .four_bits import BITS, FourBits, four_bits
 from .implied import implied, without_implied
 from .nibbles import TILE, layout_is_known, pack_words, rows_of_halves, signed_halves, tiles, unpack_words
 from .panels import PANEL_BYTES, compute_dtype, spans
+from .permutation import inverse, sorting
 
 #: torch's kernel knows groups of 32, 64, 128 and 256 columns.
 LARGEST_GROUP = 256
@@ -57,7 +57,8 @@ class Int4:
         kept, bits, place = without_implied(tensors, format), _view(format), None
         resident: Tensors = {}
         if bits.g_idx:
-            resident["permutation"], place = _sorting(kept[bits.g_idx], bits)
+            resident["permutation"] = sorting(kept[bits.g_idx], bits.group_size, bits.g_idx)
+            place = inverse(resident["permutation"])
         resident["nibbles"] = pack_words(kept[bits.codes], bits.order, format.shape, place)
         resident["scales"] = owned(bits.scales_of(kept))
         if (zeros := bits.zeros_of(kept)) is not None:
@@ -69,7 +70,7 @@ class Int4:
         bits, place = _view(format), None
         tensors = {**bits.stored(resident["scales"], resident.get("zeros")), **implied(format)}
         if bits.g_idx:
-            place = _inverse(resident["permutation"])
+            place = inverse(resident["permutation"])
             tensors[bits.g_idx] = place // bits.group_size
         tensors[bits.codes] = unpack_words(resident["nibbles"], bits.order, place)
         return tensors
@@ -146,22 +147,3 @@ def _zero_points(zeros: torch.Tensor, offset: int) -> torch.Tensor:
     """float32 [groups, out]; 16 is a possible one, it does not wrap."""
     codes = unpack(zeros.t(), BITS).t()
     return codes.to(torch.float32, memory_format=torch.contiguous_format).add_(offset)
-
-
-def _sorting(g_idx: torch.Tensor, bits: FourBits) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [in] that sorts act-order's columns into whole consecutive groups, and its inverse."""
-    permutation = torch.argsort(g_idx, stable=True).to(torch.int32)
-    place = _inverse(permutation)
-    if not torch.equal(place // bits.group_size, g_idx):
-        raise UnsupportedError(
-            "g_idx does not give every group the same number of columns",
-            tensor=bits.g_idx,
-            rule=f"{bits.group_size} columns of each group",
-        )
-    return permutation, place
-
-
-def _inverse(permutation: torch.Tensor) -> torch.Tensor:
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(len(permutation), dtype=torch.int32)
-    return inverse

@@ -1,0 +1,94 @@
+"""INT8 weights that their file keeps as octets of 32-bit words: symmetric 8 bits of GPTQ and of compressed-tensors.
+
+At rest: int8 [out, in], the octets without their offset of 128; scales [out, groups] in the file's dtype; for act-order
+the permutation that sorts columns by their group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..formats import ModuleFormat
+from ..formats.base import TORCH_DTYPES
+from .base import Layout, Tensors, owned
+from .implied import implied, without_implied
+from .int8 import MAX_COLUMNS, integers_are_exact, multiply
+from .permutation import inverse, sorting
+
+
+class _Names(NamedTuple):
+    """Local names of a format's tensors, and whether they lie [in, out] rather than [out, in]."""
+
+    words: str
+    scales: str
+    g_idx: str
+    turned: bool
+
+
+NAMES = {
+    "gptq": _Names("qweight", "scales", "g_idx", True),
+    "packed": _Names("weight_packed", "weight_scale", "weight_g_idx", False),
+}
+
+
+class Int8Words:
+    """W8A16 like `int8`, of words."""
+
+    name = "int8_words"
+    takes_bias = False
+
+    def takes(self, format: ModuleFormat) -> bool:
+        """Symmetric 8 bits, with act-order only in whole groups."""
+        p, columns = format.parameters, format.shape[-1]
+        if format.name not in NAMES or p.bits != 8 or not p.symmetric or p.num_groups or columns >= MAX_COLUMNS:
+            return False
+        return integers_are_exact() and not (p.act_order and columns % p.group_size)
+
+    def layout(self, format: ModuleFormat) -> Layout:
+        """`weight` and `scales`, then `permutation` where the format has act-order."""
+        p, (rows, columns) = format.parameters, format.shape
+        is_one = getattr(p, "strategy", None) == "tensor"
+        layout: Layout = {
+            "weight": (torch.int8, (rows, columns)),
+            "scales": (TORCH_DTYPES[p.scale_dtype], (1,) if is_one else (rows, -(-columns // p.group_size))),
+        }
+        return {**layout, "permutation": (torch.int32, (columns,))} if p.act_order else layout
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
+        """Words to octets; what the parameters imply is checked, then left out."""
+        kept, names = without_implied(tensors, format), NAMES[format.name]
+        words, scales = _turned(kept[names.words], names), _turned(kept[names.scales], names)
+        resident = {"weight": _flipped(words.view(torch.int8)), "scales": owned(scales)}
+        if format.parameters.act_order:
+            resident["permutation"] = sorting(kept[names.g_idx], format.parameters.group_size, names.g_idx)
+            resident["weight"] = resident["weight"].index_select(1, resident["permutation"])
+        return resident
+
+    def unpack(self, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
+        """Octets back to words; what was left out is rebuilt from the parameters."""
+        weight, names, tensors = resident["weight"], NAMES[format.name], dict(implied(format))
+        if format.parameters.act_order:
+            place = inverse(resident["permutation"])
+            weight = weight.index_select(1, place)
+            tensors[names.g_idx] = place // format.parameters.group_size
+        tensors[names.words] = _turned(_flipped(weight).view(torch.int32), names)
+        tensors[names.scales] = _turned(resident["scales"], names)
+        return tensors
+
+    def linear(self, x: torch.Tensor, resident: Mapping[str, torch.Tensor], format: ModuleFormat) -> torch.Tensor:
+        """As `int8` does, scales by group."""
+        if "permutation" in resident:
+            x = x.index_select(1, resident["permutation"])
+        return multiply(x, resident["weight"], resident["scales"], format.parameters.group_size)
+
+
+def _turned(tensor: torch.Tensor, names: _Names) -> torch.Tensor:
+    return tensor.t().contiguous() if names.turned else tensor.contiguous()
+
+
+def _flipped(octets: torch.Tensor) -> torch.Tensor:
+    """int8 with the sign bit turned: to and from an offset of 128."""
+    return octets ^ -128
