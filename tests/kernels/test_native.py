@@ -177,6 +177,12 @@ def test_words_end_where_they_end(library: None, out: int, columns: int, order: 
     assert torch.equal(back, words)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 48), (17, 33), (40, 16)])
+def test_words_turn_to_their_last_one(library: None, rows: int, columns: int) -> None:
+    words = torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int32, generator=GENERATOR)
+    assert torch.equal(native.turn_words(before_a_wall(words), 0x80808080), words.t() ^ (0x80808080 - 2**32))
+
+
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 @pytest.mark.parametrize("place", [(0, 0), (40, 299), (129, 298), (129, 299)])
 def test_the_first_nan_is_found(library: None, place: tuple[int, int], code: int) -> None:

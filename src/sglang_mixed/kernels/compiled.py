@@ -41,6 +41,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "nibbles_decode": (Pointer, Pointer, *[Long] * 4),
     "nibbles_pack": (Pointer, Long, Long),
     "nibbles_unpack": (Pointer, Long, Long),
+    "words_turn": (Pointer, Pointer, *[Long] * 5),
     "find_nan": (Pointer, Long, Long),
 }
 RESULTS = {"octets_product": Int, "nibbles_product": Int, "find_nan": Long}

@@ -14,8 +14,10 @@ import torch
 from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
 from .base import Layout, Tensors, owned
+from .compiled import available
 from .implied import implied, without_implied
 from .int8 import MAX_COLUMNS, integers_are_exact, multiply
+from .native import turn_words
 from .permutation import inverse, sorting
 
 
@@ -28,6 +30,8 @@ class _Names(NamedTuple):
     turned: bool
 
 
+#: 128 in each octet.
+OFFSETS = 0x80808080
 NAMES = {
     "gptq": _Names("qweight", "scales", "g_idx", True),
     "packed": _Names("weight_packed", "weight_scale", "weight_g_idx", False),
@@ -60,8 +64,8 @@ class Int8Words:
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """Words to octets; what the parameters imply is checked, then left out."""
         kept, names = without_implied(tensors, format), NAMES[format.name]
-        words, scales = _turned(kept[names.words], names), _turned(kept[names.scales], names)
-        resident = {"weight": _flipped(words.view(torch.int8)), "scales": owned(scales)}
+        weight = _flipped(kept[names.words], names).view(torch.int8)
+        resident = {"weight": weight, "scales": owned(_turned(kept[names.scales], names))}
         if format.parameters.act_order:
             resident["permutation"] = sorting(kept[names.g_idx], format.parameters.group_size, names.g_idx)
             resident["weight"] = resident["weight"].index_select(1, resident["permutation"])
@@ -74,7 +78,7 @@ class Int8Words:
             place = inverse(resident["permutation"])
             weight = weight.index_select(1, place)
             tensors[names.g_idx] = place // format.parameters.group_size
-        tensors[names.words] = _turned(_flipped(weight).view(torch.int32), names)
+        tensors[names.words] = _flipped(weight.view(torch.int32), names)
         tensors[names.scales] = _turned(resident["scales"], names)
         return tensors
 
@@ -89,6 +93,8 @@ def _turned(tensor: torch.Tensor, names: _Names) -> torch.Tensor:
     return tensor.t().contiguous() if names.turned else tensor.contiguous()
 
 
-def _flipped(octets: torch.Tensor) -> torch.Tensor:
-    """int8 with the sign bit turned: to and from an offset of 128."""
-    return octets ^ -128
+def _flipped(words: torch.Tensor, names: _Names) -> torch.Tensor:
+    """int32 words turned, and the sign bit of each of their octets: to and from an offset of 128."""
+    if names.turned and available():
+        return turn_words(words.contiguous(), OFFSETS)
+    return _turned(words, names).bitwise_xor(OFFSETS - (1 << 32))

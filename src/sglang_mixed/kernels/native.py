@@ -18,7 +18,7 @@ FP8, INT8 = 0, 1
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Formats whose 4-bit words can be packed.
 WORD_ORDERS = {"gptq": 0, "awq": 1, "packed": 2}
-TILE, DEPTH, BLOCK = 64, 32, 4
+TILE, DEPTH, BLOCK, LANES = 64, 32, 4, 16
 #: Decoded weights of a GEMM, in the second-level cache.
 PANEL_BYTES = 2 << 20
 
@@ -191,6 +191,16 @@ def unpack_nibbles(
 ) -> None:
     """The inverse, to `words`."""
     _pack("nibbles_unpack", words, nibbles, order, shape, place)
+
+
+def turn_words(words: torch.Tensor, mask: int) -> torch.Tensor:
+    """int32 [rows, columns] -> [columns, rows], each word exclusive-or `mask`."""
+    (rows, columns), run = words.shape, function("words_turn")
+    assert words.is_contiguous() and words.dtype == torch.int32
+    turned = torch.empty(columns, rows, dtype=torch.int32)
+    given = words.data_ptr(), turned.data_ptr(), rows, columns, mask
+    split(lambda low, high: run(*given, low, high), 0, columns, LANES, rows)
+    return turned
 
 
 def find_nan(codes: torch.Tensor) -> int | None:

@@ -242,6 +242,24 @@ void nibbles_unpack(const packing *p, long start, long stop)
         p->out - n >= TILE ? unpack_tile(p, n, TILE) : unpack_tile(p, n, p->out - n);
 }
 
+/* from [rows, columns] -> to [columns, rows], of which the rows [start, stop); every word with the bits of `mask` turned. */
+void words_turn(const uint32_t *from, uint32_t *to, long rows, long columns, long mask, long start, long stop)
+{
+    uint32_t square[ACROSS][ACROSS] = {0};
+    for (long i = start; i < stop; i += ACROSS)
+        for (long j = 0; j < rows; j += ACROSS) {
+            long across = least(ACROSS, stop - i), down = least(ACROSS, rows - j);
+            for (long row = 0; row < down; row++)
+                copy_words(square[row], from + (j + row) * columns + i, across);
+            transpose(square);
+            for (long row = 0; row < across; row++) {
+                for (long column = 0; column < ACROSS; column++)
+                    square[row][column] ^= mask;
+                copy_words(to + (i + row) * rows + j, square[row], down);
+            }
+        }
+}
+
 /* The place of the first e4m3 NaN code in [start, stop), or -1. */
 long find_nan(const uint8_t *codes, long start, long stop)
 {
