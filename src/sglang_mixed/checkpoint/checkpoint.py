@@ -14,7 +14,15 @@ from ..errors import FormatError, IndexFileError, TensorMissingError, nearest
 from ..formats import Detector, ModuleFormat, get_format
 from ..formats.rules import Rules
 from .entries import Entries
-from .folder import check_counts, check_names, quantization_config, read_config, read_index, shard_paths
+from .folder import (
+    check_counts,
+    check_names,
+    count_tensors,
+    quantization_config,
+    read_config,
+    read_index,
+    shard_paths,
+)
 from .fused_experts import slice_experts
 from .header import Entry, read_header
 from .modules import Modules, Tensors
@@ -33,13 +41,16 @@ class Checkpoint:
         self.config = read_config(path)
         self.quantization = quantization_config(path, self.config)
         self._index = read_index(path)
-        self.files = tuple(shard_paths(path, self._index))
+        counts = count_tensors(path, self._index or {})
+        self.files = tuple(shard_paths(path, self._index, counts))
+        #: File -> where something was last found in it: what is asked for next mostly stands behind it.
+        self._found: dict[int, int] = {}
         self._numbers = {file.name: number for number, file in enumerate(self.files)}
         self._headers = self.shards = [read_header(file) for file in self.files]
         if self._index is None:
             self._check_collisions()
         else:
-            check_counts(path, self._index, self.shards)
+            check_counts(path, self._index, counts, self.shards)
         self.modules = Modules(self.shards)
         if sliced := slice_experts(self.config, self.shards, self.modules):
             self.shards, self.modules = sliced, Modules(sliced)
@@ -100,8 +111,9 @@ class Checkpoint:
         """One tensor's entry, for few of many: `entries` first makes a table of all names."""
         file = (self._index or {}).get(join(module, local))
         for number in range(len(self.files)) if file is None else (self._numbers[file],):
-            position = self.shards[number].find(module, local)
+            position = self.shards[number].find(module, local, self._found.get(number, 0))
             if position is not None:
+                self._found[number] = position
                 return self.shards[number].entry(number, position)
         self.check_index()
         raise self._missing(join(module, local), self.modules)

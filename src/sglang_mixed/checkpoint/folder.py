@@ -64,14 +64,19 @@ def read_index(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def shard_paths(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+def count_tensors(folder: Path, weight_map: Mapping[str, str]) -> Counter[str]:
+    """File name -> how many tensors the index says are in it."""
+    try:
+        return Counter(weight_map.values())
+    except TypeError:
+        raise IndexFileError("the index maps a tensor to something that is no name", file=folder / INDEX) from None
+
+
+def shard_paths(folder: Path, weight_map: Mapping[str, str] | None, counts: Mapping[str, int]) -> list[Path]:
     """The files to open, sorted by name, each of which exists."""
     if weight_map is None:
         return _unindexed(folder)
-    try:
-        names = sorted(set(weight_map.values()))
-    except TypeError:
-        raise IndexFileError("the index maps a tensor to something that is no name", file=folder / INDEX) from None
+    names = sorted(counts)
     for name in names:
         _check_name(folder, name, weight_map)
         if not (folder / name).is_file():
@@ -85,13 +90,14 @@ def shard_paths(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path
     return [folder / name for name in names]
 
 
-def check_counts(folder: Path, weight_map: Mapping[str, str], shards: Sequence[Shard]) -> None:
+def check_counts(
+    folder: Path, weight_map: Mapping[str, str], counts: Mapping[str, int], shards: Sequence[Shard]
+) -> None:
     """Raise IndexFileError where a file holds more or fewer tensors than the index says.
 
     That is all a checkpoint of 100,000 tensors can afford at once; whoever misses a tensor asks `check_names` why.
     """
-    said = Counter(weight_map.values())
-    if any(said[shard.path.name] != len(shard.parts) for shard in shards):
+    if any(counts[shard.path.name] != len(shard.parts) for shard in shards):
         check_names(folder, weight_map, shards)
 
 

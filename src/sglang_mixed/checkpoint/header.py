@@ -85,16 +85,16 @@ class Shard:
             f"{module}.{part[0]}" if module else part[0] for module, part in zip(self.modules, self.parts, strict=True)
         ]
 
-    def find(self, module: str, local: str) -> int | None:
-        """The position of one tensor, by search."""
-        position = -1
+    def find(self, module: str, local: str, start: int = 0) -> int | None:
+        """The position of one tensor, by search from `start` on, then before it."""
+        position = start - 1
         try:
             while True:
                 position = self.modules.index(module, position + 1)
                 if self.parts[position].local == local:
                     return position
         except ValueError:
-            return None
+            return self.find(module, local) if start else None
 
     def entry(self, file: int, position: int) -> Entry:
         """The entry of the tensor at `position`; `file` is the shard's own index."""

@@ -18,15 +18,17 @@ Group = tuple[str, str]
 
 def split_notices(modules: Mapping[str, PlannedModule]) -> list[str]:
     """What it costs that parts of one matrix, or experts of one layer, are stored differently; told once each."""
-    formats: dict[Group, dict[int, ModuleFormat]] = {}
+    firsts: dict[Group, ModuleFormat] = {}
+    others: dict[Group, dict[int, ModuleFormat]] = {}
     for module in modules.values():
         group = running_together(module.name)
-        if group is not None:
-            formats.setdefault(group, {})[id(module.format)] = module.format
+        if group is not None and firsts.setdefault(group, module.format) is not module.format:
+            others.setdefault(group, {})[id(module.format)] = module.format
     linears: dict[str, int] = {}
     layers: dict[str, int] = {}
-    for (parent, matrix), found in formats.items():
-        if len(found) > 1 and (kinds := _kinds(found.values())) > 1:
+    for group, found in others.items():
+        parent, matrix = group
+        if (kinds := _kinds([firsts[group], *found.values()])) > 1:
             (layers if parent.endswith("experts") else linears)[f"{parent}.{matrix}"] = kinds
     notices = []
     if linears:
