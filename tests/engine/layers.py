@@ -27,15 +27,13 @@ WRITERS: dict[str, Callable[[np.random.Generator, int, int], packers.Packed]] = 
     "gptq": lambda rng, out, columns: packers.gptq(rng, out, columns, group=64),
     "gptq-channel": lambda rng, out, columns: packers.gptq(rng, out, columns, group=-1, order="none"),
     "gptq-8-bit": lambda rng, out, columns: packers.gptq(rng, out, columns, group=32, bits=8, version=2),
-    "gptq-asymmetric": lambda rng, out, columns: packers.gptq(rng, out, columns, sym=False, version=2),
-    "gptq-asymmetric-64": lambda rng, out, columns: packers.gptq(rng, out, columns, group=64, sym=False, version=2),
+    "gptq-asymmetric": lambda rng, out, columns: packers.gptq(rng, out, columns, group=64, sym=False, version=2),
     "gptq-act-order": lambda rng, out, columns: packers.gptq(
         np.random.default_rng(columns), out, columns, order="act", scale_dtype=torch.bfloat16
     ),
     "awq": lambda rng, out, columns: packers.awq(rng, out, columns, group=64),
-    "awq-32": lambda rng, out, columns: packers.awq(rng, out, columns, group=32),
     "packed": lambda rng, out, columns: packers.packed(rng, out, columns, group=64),
-    "packed-asymmetric": lambda rng, out, columns: packers.packed(rng, out, columns, group=32, sym=False),
+    "packed-asymmetric": lambda rng, out, columns: packers.packed(rng, out, columns, group=64, sym=False),
     "packed-8-bit": lambda rng, out, columns: packers.packed(rng, out, columns, strategy="channel", bits=8),
     "fp8-block": lambda rng, out, columns: packers.eight_bit(
         rng,
@@ -79,8 +77,11 @@ WRITERS: dict[str, Callable[[np.random.Generator, int, int], packers.Packed]] = 
     ),
 }
 
-#: A format that no kernel of a GPU runs.
-UNSUPPORTED = {"gptq-3-bit": lambda rng, out, columns: packers.gptq(rng, out, columns, bits=3)}
+#: Formats that no kernel of a GPU runs, in experts at least.
+UNSUPPORTED = {
+    "gptq-3-bit": lambda rng, out, columns: packers.gptq(rng, out, columns, bits=3),
+    "awq-32": lambda rng, out, columns: packers.awq(rng, out, columns, group=32),
+}
 
 
 def write_experts(folder: Path, writer: str, *, intermediate: int, experts: int = 4, seed: int = 1) -> Path:
