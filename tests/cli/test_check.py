@@ -87,3 +87,18 @@ def test_no_engine_is_imported_and_help_needs_no_torch() -> None:
 )
 def test_sizes_for_people(nbytes: int, text: str) -> None:
     assert human(nbytes) == text
+
+
+def test_a_cut_inside_blocks_is_told_with_its_bytes() -> None:
+    result = RUNNER.invoke(app, ["check", str(TINY / "map.yaml"), "--json", "--tp", "4"])
+    report = json.loads(result.stdout)
+    assert "model.layers.{0..1}.mlp.experts.{0..7}.down_proj" in report["torn"]
+    assert sum(report["ranks_bytes"]) > report["weight_bytes"]
+    shown = RUNNER.invoke(app, ["check", str(TINY / "map.yaml"), "--tp", "4"])
+    assert "cut inside a block, group or word" in shown.stdout
+
+
+def test_a_layout_that_cannot_be_names_sizes_and_what_can() -> None:
+    result = RUNNER.invoke(app, ["check", str(TINY / "map.yaml"), "--tp", "3"])
+    assert result.exit_code == 1
+    assert "256 columns cannot be cut in 3" in result.stderr and "choose --tp / --ep of 1, 2, 4" in result.stderr

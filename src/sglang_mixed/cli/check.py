@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..plan import make_plan
+from ..plan import Rank, make_plan
+from ..plan.fold import fold
 
 
 def describe(
@@ -19,6 +20,8 @@ def describe(
 ) -> dict[str, Any]:
     """Everything the table shows, as JSON values; bytes are exact."""
     plan = make_plan(map_path, base=model_path, allow_different_base=allow_different_base)
+    ranks = [plan.rank(Rank(tp, ep, number)) for number in range(tp)]
+    torn = fold(dict.fromkeys(name for rank in ranks for name in rank.torn))
     return {
         "map": str(plan.map.path),
         "base": plan.base,
@@ -26,7 +29,9 @@ def describe(
         "rows": [asdict(row) for row in plan.rows()],
         "modules": len(plan.modules),
         "weight_bytes": plan.weight_bytes(),
-        "rank_bytes": plan.weight_bytes(tp, ep),
+        "rank_bytes": max(rank.weight_bytes for rank in ranks),
+        "ranks_bytes": [rank.weight_bytes for rank in ranks],
+        "torn": torn,
         "tp": tp,
         "ep": ep,
         "file_bytes": plan.file_bytes,
@@ -53,10 +58,19 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
     console.print(table)
     if report["tp"] > 1:
         console.print(
-            f"one of {report['tp']} ranks (ep {report['ep']}): {human(report['rank_bytes'])}", highlight=False
+            f"the fullest of {report['tp']} ranks (ep {report['ep']}): {human(report['rank_bytes'])}, "
+            f"all together: {human(sum(report['ranks_bytes']))}",
+            highlight=False,
         )
     console.print(f"to read from disk: {human(report['file_bytes'])}", highlight=False)
-    for warning in report["warnings"]:
+    warnings = list(report["warnings"])
+    if torn := report["torn"]:
+        more = f", and {len(torn) - 3} more" if len(torn) > 3 else ""
+        warnings.append(
+            f"cut inside a block, group or word ({', '.join(torn[:3])}{more}): each rank holds whole ones; "
+            "on a GPU only experts can be cut like that"
+        )
+    for warning in warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
     console.print("the map is sound", style="green")
 

@@ -88,6 +88,11 @@ class RankPlan:
         """Bytes that the rank's weights take in memory."""
         return sum(self.module_bytes(name) for name in self.parts)
 
+    @property
+    def torn(self) -> list[str]:
+        """Modules whose part ends inside a block, group or word, so that the rank holds more of them than its share."""
+        return [name for name, part in self.parts.items() if not part.is_exact]
+
     def module_bytes(self, name: str) -> int:
         """Bytes of one module's part, its bias included."""
         part, module = self.parts[name], self.plan.modules[name]
