@@ -185,21 +185,31 @@ def test_words_turn_to_their_last_one(library: None, rows: int, columns: int) ->
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 @pytest.mark.parametrize("place", [(0, 0), (40, 299), (129, 298), (129, 299)])
-def test_the_first_nan_is_found(library: None, place: tuple[int, int], code: int) -> None:
+def test_a_nan_is_found(library: None, place: tuple[int, int], code: int) -> None:
     codes = torch.full((130, 300), 0x7E, dtype=torch.uint8)
-    assert native.find_nan(before_a_wall(codes)) is None
-    codes[place], codes[129, 299] = code, 0xFF
-    assert native.find_nan(before_a_wall(codes)) == place[0]
+    assert not native.has_nan(before_a_wall(codes))
+    codes[place] = code
+    assert native.has_nan(before_a_wall(codes))
 
 
-def test_threads_share_a_product(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_openmp", [True, False])
+def test_threads_share_a_job(library: None, has_openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "VALUES_PER_THREAD", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    if has_openmp:
+        assert compiled._openmp() is not None
+    else:
+        monkeypatch.setattr(compiled, "_openmp", lambda: None)
     weight = torch.randint(-127, 127, (131, 70), dtype=torch.int8, generator=GENERATOR)
     x = torch.randn(5, 70, generator=GENERATOR)
     one = native.Octets(native.INT8, weight, torch.ones(131), 1, 70)
     for given in ROUNDING:
         right(one.linear(x.to(given)), x.to(given).double() @ weight.double().t())
+    codes = torch.zeros(131, 70, dtype=torch.uint8)
+    assert not native.has_nan(codes)
+    for row in (0, 65, 130):
+        codes.zero_()[row, 69] = 0x7F
+        assert native.has_nan(codes)
 
 
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])

@@ -5,6 +5,7 @@ The library is kept in the user's cache folder under a hash of all that shaped i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,9 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,18 +34,15 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 X86_FLAGS = ("-mprefer-vector-width=512",)
 
 Pointer, Long, Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-_PRODUCT = (Pointer, Int, Pointer, Int, Pointer, Long, Long, Long)
-SIGNATURES: dict[str, tuple[type, ...]] = {
-    "octets_product": _PRODUCT,
-    "octets_decode": (Pointer, Int, Pointer, Long, Long),
-    "nibbles_product": _PRODUCT,
-    "nibbles_decode": (Pointer, Pointer, *[Long] * 4),
-    "nibbles_pack": (Pointer, Long, Long),
-    "nibbles_unpack": (Pointer, Long, Long),
-    "words_turn": (Pointer, Pointer, *[Long] * 5),
-    "find_nan": (Pointer, Long, Long),
-}
-RESULTS = {"octets_product": Int, "nibbles_product": Int, "find_nan": Long}
+#: A structure by reference, or an address.
+Job = Any
+#: All take a job and which part of it, and return a flag.
+FUNCTIONS = (
+    *(f"{kind}_{verb}" for kind in ("octets", "nibbles") for verb in ("product", "decode")),
+    *("nibbles_pack", "nibbles_unpack", "words_turn", "find_nan"),
+)
+
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 logger = logging.getLogger(__name__)
 
@@ -54,27 +52,34 @@ def available() -> bool:
     return os.environ.get("SGLANG_MIXED_NATIVE") != "0" and _library() is not None
 
 
-def function(name: str) -> Callable[..., int]:
-    """One of SIGNATURES; ask `available` first."""
+def run(name: str, job: Job, start: int, stop: int, unit: int, columns: int) -> bool:
+    """One of FUNCTIONS over [start, stop) on torch's number of threads, whose parts begin at whole units.
+
+    `columns` tells how much work each is. Returns the flag that one of the parts raised. Ask `available` first.
+    """
     library = _library()
     assert library is not None, "ask available() first"
-    return getattr(library, name)  # type: ignore[no-any-return]
-
-
-def split(part: Callable[[int, int], object], start: int, stop: int, unit: int, columns: int) -> None:
-    """Run part(low, high) over [start, stop) on torch's number of threads; pieces begin at whole units."""
-    units = -(-(stop - start) // unit)
+    function, units = getattr(library, name), -(-(stop - start) // unit)
     threads = min(torch.get_num_threads(), (stop - start) * columns // VALUES_PER_THREAD, units)
     if threads <= 1:
-        part(start, stop)
-        return
-    first, *others = spans(start, stop, -(-units // threads) * unit)
-    futures = [_pool(torch.get_num_threads()).submit(part, *span) for span in others]
-    try:
-        part(*first)
-    finally:  # the others write into the caller's tensors
-        for future in futures:
-            future.result()
+        return bool(function(job, start, stop))
+    step = -(-units // threads) * unit
+    if (runtime := _openmp()) is not None:
+        return bool(library.run_shared(function, job, start, stop, step, threads, *runtime))
+    futures = [_pool(torch.get_num_threads()).submit(function, job, *span) for span in spans(start, stop, step)]
+    flags = [future.result() for future in futures]  # of all, since they write into the caller's tensors
+    return any(flags)
+
+
+@functools.cache
+def _openmp() -> list[Any] | None:
+    """The OPENMP functions of the runtime that torch has loaded."""
+    home = Path(torch.__file__).parent
+    for path in (*home.glob("lib/lib*omp*"), *home.parent.glob("torch.libs/lib*omp*")):
+        with contextlib.suppress(OSError, AttributeError):  # not the one that is loaded, or of another kind
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return [getattr(library, name) for name in OPENMP]
+    return None
 
 
 @functools.lru_cache(maxsize=4)
@@ -93,8 +98,9 @@ def _library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         logger.warning("no compiled CPU kernels, torch's run instead (slower): %s", detail)
         return None
-    for name, arguments in SIGNATURES.items():
-        getattr(library, name).argtypes, getattr(library, name).restype = arguments, RESULTS.get(name)
+    for name in FUNCTIONS:
+        getattr(library, name).argtypes = [Pointer, Long, Long]
+    library.run_shared.argtypes = [Pointer, Pointer, *[Long] * 4, *[Pointer] * len(OPENMP)]
     return library
 
 

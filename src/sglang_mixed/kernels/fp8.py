@@ -79,8 +79,8 @@ def refuse_nan(weight: torch.Tensor) -> None:
 
 
 def _nan_row(weight: torch.Tensor) -> int | None:
-    if available() and weight.is_contiguous():
-        return native.find_nan(weight)
+    if available() and weight.is_contiguous() and not native.has_nan(weight):
+        return None
     for start, stop in spans(0, len(weight), 1024):
         rows = weight[start:stop]
         # 0x7F is the greatest int8, 0xFF the greatest uint8: two fast reductions.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .compiled import Int, Long, Pointer, available, function, split
+from .compiled import Int, Long, Pointer, available, run
 from .panels import linear_by_panels, spans
 
 #: Rows of x that one call takes; the C source has the same.
@@ -37,6 +37,29 @@ class _Nibbles(ctypes.Structure):
         *((name, Long) for name in ("out", "in", "size")),
         ("type", Int),
         ("offset", ctypes.c_float),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("weight", "x", "y")),
+        ("rows", Long),
+        *((name, Int) for name in ("x_type", "y_type")),
+    ]
+
+
+class _Decoding(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("weight", "target")),
+        *((name, Long) for name in ("first", "stride")),
+        ("scaled", Int),
+    ]
+
+
+class _Turning(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("source", "to")),
+        *((name, Long) for name in ("rows", "columns", "mask")),
     ]
 
 
@@ -90,12 +113,9 @@ class Octets:
         (out, columns), stop = self.weight.shape, start + len(target)
         assert start >= 0 and stop <= out and target.shape[1] == columns
         assert target.is_contiguous() and target.dtype == torch.bfloat16
-        decode, weight, address = function("octets_decode"), ctypes.byref(self._struct()), target.data_ptr()
-
-        def part(low: int, high: int) -> None:
-            decode(weight, scaled, address + (low - start) * columns * target.itemsize, low, high)
-
-        split(part, start, stop, BLOCK, columns)
+        weight = self._struct()
+        job = _Decoding(ctypes.addressof(weight), target.data_ptr(), start, columns, scaled)
+        run("octets_decode", ctypes.byref(job), start, stop, BLOCK, columns)
 
     def _row_scales(self) -> torch.Tensor:
         scales = self.scales.float().reshape(-1)
@@ -151,9 +171,9 @@ class Nibbles:
         (out, columns), stop = self.shape, start + target.shape[1]
         assert start >= 0 and stop <= out and start % TILE == 0 and (stop % TILE == 0 or stop == out)
         assert target.is_contiguous() and target.dtype == torch.bfloat16 and len(target) == columns
-        given = ctypes.byref(self._struct()), target.data_ptr(), start, stop - start
-        decode = function("nibbles_decode")
-        split(lambda low, high: decode(*given, low, high), start, stop, TILE, columns)
+        weight = self._struct()
+        job = _Decoding(ctypes.addressof(weight), target.data_ptr(), start, stop - start, True)
+        run("nibbles_decode", ctypes.byref(job), start, stop, TILE, columns)
 
     def _struct(self) -> _Nibbles:
         (out, columns), zeros = self.shape, None if self.qzeros is None else self.qzeros.data_ptr()
@@ -165,14 +185,10 @@ def _product(name: str, weight: ctypes.Structure, x: torch.Tensor, out: int, uni
     x, (rows, columns) = x.contiguous(), x.shape
     # C writes bf16 or float32.
     y = torch.empty(rows, out, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
-    given = ctypes.byref(weight), FLOAT_TYPES[x.dtype], x.data_ptr(), FLOAT_TYPES[y.dtype], y.data_ptr(), rows
-    multiply = function(name)
-
-    def part(low: int, high: int) -> None:
-        if multiply(*given, low, high):
-            raise MemoryError(f"no memory for {rows} rows of {columns} values")
-
-    split(part, 0, out, unit, columns)
+    addresses = ctypes.addressof(weight), x.data_ptr(), y.data_ptr()
+    job = _Product(*addresses, rows, FLOAT_TYPES[x.dtype], FLOAT_TYPES[y.dtype])
+    if run(name, ctypes.byref(job), 0, out, unit, columns):
+        raise MemoryError(f"no memory for {rows} rows of {columns} values")
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -195,21 +211,18 @@ def unpack_nibbles(
 
 def turn_words(words: torch.Tensor, mask: int) -> torch.Tensor:
     """int32 [rows, columns] -> [columns, rows], each word exclusive-or `mask`."""
-    (rows, columns), run = words.shape, function("words_turn")
+    rows, columns = words.shape
     assert words.is_contiguous() and words.dtype == torch.int32
     turned = torch.empty(columns, rows, dtype=torch.int32)
-    given = words.data_ptr(), turned.data_ptr(), rows, columns, mask
-    split(lambda low, high: run(*given, low, high), 0, columns, LANES, rows)
+    job = _Turning(words.data_ptr(), turned.data_ptr(), rows, columns, mask)
+    run("words_turn", ctypes.byref(job), 0, columns, LANES, rows)
     return turned
 
 
-def find_nan(codes: torch.Tensor) -> int | None:
-    """The row of an e4m3 matrix [rows, columns] that has a NaN code, if one has."""
-    columns = codes.shape[1]
-    search, address, found = function("find_nan"), codes.data_ptr(), list[int]()
-    split(lambda low, high: found.append(search(address, low * columns, high * columns)), 0, len(codes), 1, columns)
-    places = [place for place in found if place >= 0]
-    return min(places) // columns if places else None
+def has_nan(codes: torch.Tensor) -> bool:
+    """Whether an e4m3 matrix has a NaN code."""
+    assert codes.is_contiguous() and codes.itemsize == 1
+    return run("find_nan", codes.data_ptr(), 0, codes.numel(), 1, 1)
 
 
 def _pack(
@@ -220,5 +233,5 @@ def _pack(
     assert words.is_contiguous() and nibbles.is_contiguous()
     assert place is None or (place.dtype == torch.int32 and place.is_contiguous() and len(place) == columns)
     addresses = words.data_ptr(), nibbles.data_ptr(), None if place is None else place.data_ptr()
-    packing, run = ctypes.byref(_Packing(*addresses, out, columns, WORD_ORDERS[order])), function(name)
-    split(lambda low, high: run(packing, low, high), 0, out, TILE, columns)
+    job = _Packing(*addresses, out, columns, WORD_ORDERS[order])
+    run(name, ctypes.byref(job), 0, out, TILE, columns)

@@ -100,21 +100,22 @@ static int product_in_floats(const nibbles *w, matrix x, matrix y, long rows, lo
     return !sums;
 }
 
-/* x [rows <= MAX_ROWS, in] times W -> rows [start, stop) of y, whole tiles, for every row of x. */
-int nibbles_product(const nibbles *w, int x_type, void *x, int y_type, void *y, long rows, long start, long stop)
+/* Rows [start, stop) of y, whole tiles, for every row of x [rows <= MAX_ROWS, in]. */
+int nibbles_product(const product *p, long start, long stop)
 {
-    matrix given = {x_type, x}, wanted = {y_type, y};
+    matrix x = {p->x_type, p->x}, y = {p->y_type, p->y};
 #if HAS_OCTET_DOTS
-    if (x_type != FP32)
-        return product_in_integers(w, given, wanted, rows, start, stop);
+    if (x.type != FP32)
+        return product_in_integers(p->weight, x, y, p->rows, start, stop);
 #endif
-    return product_in_floats(w, given, wanted, rows, start, stop);
+    return product_in_floats(p->weight, x, y, p->rows, start, stop);
 }
 
-/* Rows [start, stop) of W, whole tiles, to bfloat16 of the transposed [in, stride] that begins with row `first`. */
-void nibbles_decode(const nibbles *w, uint16_t *target, long first, long stride, long start, long stop)
+/* Rows [start, stop) of W, whole tiles, to the transposed [in, stride], always scaled. */
+int nibbles_decode(const decoding *d, long start, long stop)
 {
     ALIGNED float w32[DEPTH][TILE];
+    const nibbles *w = d->weight;
     group own;
     for (long n = start; n < stop; n += TILE)
         for (long k = 0; k < w->in; k += DEPTH) {
@@ -126,7 +127,8 @@ void nibbles_decode(const nibbles *w, uint16_t *target, long first, long stride,
                 uint16_t converted[TILE];
                 for (long j = 0; j < TILE; j++)
                     converted[j] = to_bf16((w32[row][j] - own.zero[j]) * own.scale[j]);
-                memcpy(target + (k + row) * stride + n - first, converted, width * sizeof(uint16_t));
+                memcpy(d->target + (k + row) * d->stride + n - d->first, converted, width * sizeof(uint16_t));
             }
         }
+    return 0;
 }

@@ -93,34 +93,36 @@ static int product_in_floats(const octets *w, matrix x, matrix y, long rows, lon
     return !x32;
 }
 
-/* x [rows <= MAX_ROWS, in] times W -> rows [start, stop) of y, for every row of x. */
-int octets_product(const octets *w, int x_type, void *x_values, int y_type, void *y_values, long rows, long start,
-                   long stop)
+/* Rows [start, stop) of y, for every row of x [rows <= MAX_ROWS, in]. */
+int octets_product(const product *p, long start, long stop)
 {
-    matrix x = {x_type, x_values}, y = {y_type, y_values};
+    const octets *w = p->weight;
+    matrix x = {p->x_type, p->x}, y = {p->y_type, p->y};
 #if HAS_OCTET_DOTS
     if (w->kind == INT8 && x.type != FP32 && w->width >= w->in)
-        return product_in_integers(w, x, y, rows, start, stop);
+        return product_in_integers(w, x, y, p->rows, start, stop);
 #endif
 #if HAS_BF16_DOTS
     if (w->kind == FP8 && x.type == BF16 && (w->width % 64 == 0 || w->width >= w->in))
-        return product_in_bf16(w, x, y, rows, start, stop);
+        return product_in_bf16(w, x, y, p->rows, start, stop);
 #endif
-    return product_in_floats(w, x, y, rows, start, stop);
+    return product_in_floats(w, x, y, p->rows, start, stop);
 }
 
-/* Rows [start, stop) to bfloat16 [stop - start, in]; `scaled`: times the scales. */
-void octets_decode(const octets *w, int scaled, uint16_t *target, long start, long stop)
+/* Rows [start, stop) of W to [rows, stride]. */
+int octets_decode(const decoding *d, long start, long stop)
 {
     ALIGNED float w32[STRIP];
+    const octets *w = d->weight;
     long size;
     for (long n = start; n < stop; n++)
         for (long k = 0; k < w->in; k += size) {
             size = run_at(w, k, STRIP);
-            float scale = (scaled ? scale_at(w, n, k) : 1) * (w->kind == FP8 ? 256 : 1);
+            float scale = (d->scaled ? scale_at(w, n, k) : 1) * (w->kind == FP8 ? 256 : 1);
             decode_strip(w->kind, w->codes + n * w->in + k, size, w32);
-            uint16_t *to = target + (n - start) * w->in + k;
+            uint16_t *to = d->target + (n - d->first) * d->stride + k;
             for (long i = 0; i < size; i++)
                 to[i] = to_bf16(w32[i] * scale);
         }
+    return 0;
 }

@@ -229,49 +229,53 @@ INLINE void unpack_tile(const packing *p, long n, long width)
 }
 
 /* Rows [start, stop), whole tiles, to tiles. */
-void nibbles_pack(const packing *p, long start, long stop)
+int nibbles_pack(const packing *p, long start, long stop)
 {
     for (long n = start; n < stop; n += TILE) /* with the width a constant the compiler unrolls the common case */
         p->out - n >= TILE ? pack_tile(p, n, TILE) : pack_tile(p, n, p->out - n);
+    return 0;
 }
 
 /* Rows [start, stop), whole tiles, to words. */
-void nibbles_unpack(const packing *p, long start, long stop)
+int nibbles_unpack(const packing *p, long start, long stop)
 {
     for (long n = start; n < stop; n += TILE)
         p->out - n >= TILE ? unpack_tile(p, n, TILE) : unpack_tile(p, n, p->out - n);
+    return 0;
 }
 
-/* from [rows, columns] -> to [columns, rows], of which the rows [start, stop); every word with the bits of `mask` turned. */
-void words_turn(const uint32_t *from, uint32_t *to, long rows, long columns, long mask, long start, long stop)
+/* from [rows, columns] -> to [columns, rows], every word with the bits of `mask` turned. */
+typedef struct { const uint32_t *from; uint32_t *to; long rows, columns, mask; } turning;
+
+/* Rows [start, stop) of `to`. */
+int words_turn(const turning *t, long start, long stop)
 {
     uint32_t square[ACROSS][ACROSS] = {0};
     for (long i = start; i < stop; i += ACROSS)
-        for (long j = 0; j < rows; j += ACROSS) {
-            long across = least(ACROSS, stop - i), down = least(ACROSS, rows - j);
+        for (long j = 0; j < t->rows; j += ACROSS) {
+            long across = least(ACROSS, stop - i), down = least(ACROSS, t->rows - j);
             for (long row = 0; row < down; row++)
-                copy_words(square[row], from + (j + row) * columns + i, across);
+                copy_words(square[row], t->from + (j + row) * t->columns + i, across);
             transpose(square);
             for (long row = 0; row < across; row++) {
                 for (long column = 0; column < ACROSS; column++)
-                    square[row][column] ^= mask;
-                copy_words(to + (i + row) * rows + j, square[row], down);
+                    square[row][column] ^= t->mask;
+                copy_words(t->to + (i + row) * t->rows + j, square[row], down);
             }
         }
+    return 0;
 }
 
-/* The place of the first e4m3 NaN code in [start, stop), or -1. */
-long find_nan(const uint8_t *codes, long start, long stop)
+/* 1 if one of the octets [start, stop) is an e4m3 NaN. */
+int find_nan(const uint8_t *codes, long start, long stop)
 {
     enum { STEP = 4096 };
     for (long at = start; at < stop; at += STEP) {
-        long end = least(at + STEP, stop);
         uint8_t found = 0;
-        for (long i = at; i < end; i++)
+        for (long i = at; i < least(at + STEP, stop); i++)
             found |= (codes[i] & 0x7F) == 0x7F;
-        for (long i = at; found && i < end; i++)
-            if ((codes[i] & 0x7F) == 0x7F)
-                return i;
+        if (found)
+            return 1;
     }
-    return -1;
+    return 0;
 }

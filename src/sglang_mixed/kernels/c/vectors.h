@@ -1,6 +1,6 @@
 /* Sixteen lanes in plain C with GNU vectors; nothing is assumed of alignment, nothing is read or written outside the
- * matrices (prefetching is no reading). Functions work on the rows [start, stop) of W, so that threads can share it;
- * those that need memory return 0, or 1 if there is none.
+ * matrices (prefetching is no reading). What Python calls takes a job and the part [start, stop) of it, so that threads
+ * can share it, and returns 0, or 1 for what its comment says, which is that there is no memory where it says nothing.
  */
 #pragma once
 #include <math.h>
@@ -26,6 +26,12 @@ typedef vec block[BLOCK];
 
 /* x [rows, in] or y [rows, out], of one of the types above; y is never FP16. */
 typedef struct { int type; void *values; } matrix;
+
+/* x [rows, in] times a weight -> y [rows, out]; of types as above. */
+typedef struct { const void *weight; void *x, *y; long rows; int x_type, y_type; } product;
+
+/* Rows of a weight to bfloat16, the first of which is `first`; `scaled`: times the scales. */
+typedef struct { const void *weight; uint16_t *target; long first, stride; int scaled; } decoding;
 
 INLINE vec load(const float *from) { vec v; memcpy(&v, from, sizeof v); return v; }
 INLINE void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
