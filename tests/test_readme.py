@@ -38,7 +38,7 @@ def test_both_languages_have_the_same_headings_and_code_blocks() -> None:
     english, chinese = map(read, READMES)
     assert headings(english) == headings(chinese) != []
     assert BLOCK.findall(english) == BLOCK.findall(chinese) != []
-    assert len(english.splitlines()) <= 225
+    assert len(english.splitlines()) <= 230
 
 
 @pytest.mark.parametrize("name", READMES)
