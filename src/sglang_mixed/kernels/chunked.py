@@ -1,6 +1,6 @@
 """Any format, decoded by its own reference a few rows at a time: exactly what the dequantized model computes.
 
-The fallback of what no faster kernel takes, and the kernel of small weights, where it costs well below a millisecond.
+The fallback of what no faster kernel takes, and the kernel of small weights, where it costs less than a millisecond.
 """
 
 from __future__ import annotations
