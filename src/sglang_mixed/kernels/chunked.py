@@ -21,7 +21,7 @@ from .panels import compute_dtype, linear_by_panels
 CHUNK_VALUES = 1 << 18
 #: Above this lie the matrices of real models, if only k_proj's or an expert's on one of many ranks: decoding 2²⁰ values
 #: by the reference takes 15 (INT8) to 90 (FP8) times as long as a fast kernel's product with one row.
-SMALL_VALUES = 1 << 16
+SMALL_VALUES = 1 << 17
 
 
 class Chunked(FileLayout):
