@@ -104,7 +104,7 @@ class StockParameters:
             if filled:
                 name = self._given.get(loaded_weight.untyped_storage().data_ptr(), self._latest)
                 spec = self._spec(name, loaded_weight)
-                index = _index(module, shard, expert, spec, param)
+                index = _index(module, shard, expert, spec)
                 self.tensors[name] = StockTensor(param, index, spec.shape, loaded_weight.dtype)
             return original(param, loaded_weight, *args, **kwargs)
 
@@ -136,9 +136,7 @@ def _slots(module: torch.nn.Module, name: str) -> Iterator[tuple[Shard, int | No
         yield None, None
 
 
-def _index(
-    module: Any, shard: Shard, expert: int | None, spec: TensorSpec, parameter: torch.Tensor
-) -> tuple[int | slice, ...]:
+def _index(module: Any, shard: Shard, expert: int | None, spec: TensorSpec) -> tuple[int | slice, ...]:
     """Where a file tensor lies in the parameter: its expert, and its rows of the fused matrix."""
     before: tuple[int, ...] = ()
     if expert is not None:
@@ -146,9 +144,7 @@ def _index(
     place = _PLACES.get(shard, shard)
     axis = next((dim for dim, one in enumerate(spec.axes) if one.role == "out"), None)
     if axis is None:
-        # A per-tensor scale has one entry a part; what follows the inputs (g_idx) is the same for all parts.
-        per_tensor = not any(one.role for one in spec.axes) and parameter.dim() > len(before)
-        return (*before, place) if isinstance(place, int) and per_tensor else before
+        return before
     begin = 0
     if isinstance(place, int):
         sizes = _part_rows(module)
