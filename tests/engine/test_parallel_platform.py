@@ -154,16 +154,16 @@ def test_nodes_with_different_maps_end_with_our_message(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_killed_while_it_loads_ends_the_server(tmp_path: Path) -> None:
-    job = Server(tmp_path / "log", "--model-path", TINY / "bf16", *MIX, "--tp-size", "2", fresh=False).job
-    children: list[psutil.Process] = []
-    while len(children) < 4:
-        assert job.poll() is None, (tmp_path / "log").read_text()
-        children = sorted(psutil.Process(job.pid).children(), key=lambda child: child.pid)
+    log = tmp_path / "log"
+    job = Server(log, "--model-path", TINY / "bf16", *MIX, "--tp-size", "2", fresh=False).job
+    while "TP1] Init torch distributed" not in log.read_text():
+        assert job.poll() is None, log.read_text()
         time.sleep(0.01)
     # In the order of their start: the fork that starts the others, multiprocessing's resource tracker, the two ranks.
+    children = sorted(psutil.Process(job.pid).children(), key=lambda child: child.pid)
     children[3].send_signal(signal.SIGKILL)
     assert_all_ended(job)
-    assert "Rank 1 scheduler died" in (tmp_path / "log").read_text()
+    assert "Rank 1 scheduler died" in log.read_text()
 
 
 def assert_all_ended(job: Job) -> None:

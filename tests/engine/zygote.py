@@ -108,11 +108,12 @@ def fork_on_request(connection: socket.socket) -> list[str]:
         ours, theirs = socket.socketpair()
         middle = os.fork()
         if middle == 0:
-            if os.fork() != 0:
+            if (pid := os.fork()) != 0:
+                # Not by the process itself, which may be killed as soon as it is there.
+                theirs.sendall(pid.to_bytes(4))
                 os._exit(0)
             ours.close()
             connection.close()
-            theirs.sendall(os.getpid().to_bytes(4))
             # Nothing is done before the adoption: SGLang asks for its parent, and to be killed when that dies.
             theirs.recv(1)
             theirs.close()
