@@ -21,6 +21,7 @@ MixedPrecisionError
 │   ├── SmoothingError      a norm with smoothing folded in, apart from what reads it
 │   ├── DifferentBaseError  sources that were made from different base models
 │   └── ParallelismError    a cut over ranks that a format cannot take
+├── ExpertCountsError     counts of experts that are none, or are of another model
 └── EngineError           inside a serving process
     ├── UnsupportedError    this engine, device or flag cannot do what the plan says
     ├── LedgerError         weights the model expects that never arrived, or the reverse
@@ -167,6 +168,10 @@ class DifferentBaseError(PlanError):
 
 class ParallelismError(PlanError):
     """A cut over ranks that a format cannot take."""
+
+
+class ExpertCountsError(MixedPrecisionError):
+    """Counts of experts that are none, or are of another model."""
 
 
 class EngineError(MixedPrecisionError):
