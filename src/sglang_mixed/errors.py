@@ -22,6 +22,7 @@ MixedPrecisionError
 │   ├── DifferentBaseError  sources that were made from different base models
 │   └── ParallelismError    a cut over ranks that a format cannot take
 ├── ExpertCountsError     counts of experts that are none, or are of another model
+│   └── ExpertExportError   a file of counts that cannot be read or written
 └── EngineError           inside a serving process
     ├── UnsupportedError    this engine, device or flag cannot do what the plan says
     ├── LedgerError         weights the model expects that never arrived, or the reverse
@@ -172,6 +173,10 @@ class ParallelismError(PlanError):
 
 class ExpertCountsError(MixedPrecisionError):
     """Counts of experts that are none, or are of another model."""
+
+
+class ExpertExportError(ExpertCountsError):
+    """A file of counts that cannot be read or written."""
 
 
 class EngineError(MixedPrecisionError):

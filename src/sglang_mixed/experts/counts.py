@@ -13,6 +13,8 @@ from ..errors import ExpertCountsError
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
+#: No count in a file may be larger: to here every program that reads JSON knows integers exactly.
+LARGEST = 2**53
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,14 +110,14 @@ class ExpertCounts:
     def zeros(cls, layers: tuple[int, ...], experts: int, top_k: int, since: float) -> ExpertCounts:
         """Nothing counted yet."""
         shape = len(layers), experts
-        counts, floats = np.zeros(shape, np.int64), np.zeros(shape)
-        return cls(layers, counts, counts, floats, floats, since, since, top_k)
+        prefill, decode = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        return cls(layers, prefill, decode, np.zeros(shape), np.zeros(shape), since, since, top_k)
 
 
 def _matrix(rows: Any, dtype: type) -> NDArray[Any]:
     matrix = np.asarray(rows)
     if matrix.size and not (matrix.dtype.kind == "i" if dtype is np.int64 else matrix.dtype.kind in "iuf"):
         raise ValueError(f"{matrix.dtype} where {dtype.__name__} belongs")
-    if matrix.size and (not np.isfinite(matrix).all() or matrix.min() < 0):
-        raise ValueError("a count is negative or no number")
+    if matrix.size and not (matrix.min() >= 0 and matrix.max() <= LARGEST):
+        raise ValueError("a count is negative, no number or too large")
     return matrix.astype(dtype)
