@@ -7,14 +7,14 @@ them. A weight is packed for its kernel as soon as it is complete, while the nex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ..checkpoint import join
 from ..formats.base import TORCH_DTYPES, ModuleFormat
-from ..formats.plain import PlainParameters
+from ..formats.plain import without_bias
 from ..formats.slicing import Region, rebase
 from ..kernels.compressed import CompressedWeight, NamedPart, compress
 from ..plan import Part, PlannedModule
@@ -117,14 +117,4 @@ def _named_part(module: PlannedModule, part: Part) -> NamedPart:
     (top, bottom), (left, right) = part.wanted
     rows, columns = part.held
     trim = None if part.held.rows == part.wanted.rows else (top - rows[0], bottom - rows[0])
-    return NamedPart(module.name, _without_bias(part.format), (left - columns[0], columns[1] - right), trim)
-
-
-def _without_bias(module_format: ModuleFormat) -> ModuleFormat:
-    """The format without its bias, which SGLang keeps in a parameter of its own."""
-    parameters = module_format.parameters
-    if not isinstance(parameters, PlainParameters) or "bias" not in parameters.names:
-        return module_format
-    names = tuple(name for name in parameters.names if name != "bias")
-    others = tuple(other for other in parameters.others if other[0] != "bias")
-    return replace(module_format, parameters=PlainParameters(parameters.dtype, names, others))
+    return NamedPart(module.name, without_bias(part.format), (left - columns[0], columns[1] - right), trim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,16 @@ class PlainParameters:
 def main_name(names: tuple[str, ...]) -> str:
     """The local name whose dtype and shape stand for the module."""
     return "weight" if "weight" in names else names[0]
+
+
+def without_bias(module_format: ModuleFormat) -> ModuleFormat:
+    """The format without its bias, for whoever keeps that in a parameter of its own."""
+    parameters = module_format.parameters
+    if not isinstance(parameters, PlainParameters) or "bias" not in parameters.names:
+        return module_format
+    names = tuple(name for name in parameters.names if name != "bias")
+    others = tuple(other for other in parameters.others if other[0] != "bias")
+    return replace(module_format, parameters=PlainParameters(parameters.dtype, names, others))
 
 
 class Plain:

@@ -62,7 +62,7 @@ def moe(
     Products with the router's weights are in their dtype, as in SGLang, sums in float32.
     """
     ids = topk_ids.flatten()
-    y = torch.zeros(x.shape, dtype=torch.float32)
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     order = torch.argsort(ids, stable=True)
     rows, factors = order // topk_ids.shape[1], topk_weights.flatten()[order].unsqueeze(1)
     active, counts = torch.unique_consecutive(ids[order], return_counts=True)
