@@ -115,12 +115,14 @@ class MixedPrecisionMap:
 
 
 def load_map(path: str | Path) -> MixedPrecisionMap:
-    """Read and check a YAML map.
+    """Read and check a YAML map; a checkpoint folder in its place is the map that takes everything from it.
 
     >>> load_map("mix.yaml").sources["fp8"]                                             # doctest: +SKIP
     PosixPath('/models/Qwen3-30B-A3B-FP8')
     """
     file = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links, and relative paths mean this folder
+    if file.is_dir():
+        return MixedPrecisionMap(file, {"checkpoint": file})
     document = read_yaml(file)
     parsed = _validate(document)
     mixed = parsed.mixed_precision
@@ -139,14 +141,20 @@ def load_map(path: str | Path) -> MixedPrecisionMap:
 
 def locate(text: str, folder: Path, *, file: Path | None = None, line: int | None = None) -> Path:
     """The checkpoint folder that `text` means: a path (relative to `folder`) or a hub name in the local cache."""
-    path = folder / Path(text).expanduser()
-    if path.is_dir():
-        return Path(os.path.abspath(path))  # noqa: PTH100 - keep links: a cache snapshot consists of them
-    snapshot = _hub_snapshot(text)
-    if snapshot is not None:
-        return snapshot
+    path, reason = folder / text, ""
+    try:
+        path = folder / Path(text).expanduser()
+        if path.is_dir():
+            return Path(os.path.abspath(path))  # noqa: PTH100 - keep links: a cache snapshot consists of them
+        snapshot = _hub_snapshot(text)
+        if snapshot is not None:
+            return snapshot
+        reason = ", but a file of that name" if path.exists() else ""
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name too long or without right of access; a ~user that is nobody; a reference file that is no text.
+        reason = f": {getattr(error, 'strerror', None) or error}"
     raise MissingFileError(
-        f"no checkpoint folder {text!r}" + (", but a file of that name" if path.exists() else ""),
+        f"no checkpoint folder {text[:200]!r}{reason}",
         file=file or path,
         line=line,
         rule="a source is a folder with config.json and .safetensors files, or a hub name in the local cache",

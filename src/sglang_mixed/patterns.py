@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -171,10 +171,21 @@ class NameTree:
             node.modules[name] = module
 
     def _add(self, prefix: str) -> _Node:
-        above, _, name = prefix.rpartition(".")
-        node = self._nodes[prefix] = _Node()
-        (self._nodes.get(above) or self._add(above)).children[name] = node
-        return node
+        """The node of a prefix, with those above it; a name may have more parts than Python may nest calls."""
+        added = node = self._nodes[prefix] = _Node()
+        while prefix:
+            prefix, _, name = prefix.rpartition(".")
+            known = self._nodes.get(prefix)
+            above = known or self._nodes.setdefault(prefix, _Node())
+            above.children[name] = node
+            if known:
+                break
+            node = above
+        return added
+
+    def below(self, prefix: str) -> Collection[str]:
+        """The name parts that lead on from a dotted prefix; none where no module is below it."""
+        return self._nodes[prefix].children.keys() if prefix in self._nodes else ()
 
     def match(self, pattern: Pattern) -> list[str]:
         """The modules whose own name, or whose name with one of its local names, the pattern matches."""

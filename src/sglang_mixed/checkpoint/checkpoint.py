@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import FormatError, IndexFileError, TensorMissingError, nearest
 from ..formats import Detector, ModuleFormat, get_format
-from ..formats.rules import Rules
 from .entries import Entries
 from .folder import (
     check_counts,
@@ -55,9 +55,9 @@ class Checkpoint:
         if sliced := slice_experts(self.config, self.shards, self.modules):
             self.shards, self.modules = sliced, Modules(sliced)
         try:
-            self._detect = Detector(self.quantization)
+            self._detect = Detector(self.quantization, self.modules)
             #: Module -> a number that is equal for modules of which `quantization` says the same.
-            self.rule = Rules(self.quantization).index if self.quantization else _same_rule
+            self.rule = self._detect.rules.index if self.quantization else _same_rule
         except FormatError as error:
             error.file = str(path / "config.json")
             raise
@@ -80,6 +80,10 @@ class Checkpoint:
         Raises UnknownFormatError and InconsistentFormatError.
         """
         return self._detect(module, self._module(module) if tensors is None else tensors)
+
+    def origin(self, module: str) -> tuple[str, Mapping[str, Any]]:
+        """The source of an exported mix that a module came from ("" in any other checkpoint), and that one's config."""
+        return self._detect.rules.origin(module)
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored, read by position."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic_core import from_json
-
-from ..errors import CheckpointError, IndexFileError, MissingFileError
+from ..errors import IndexFileError, MissingFileError
 from .header import Shard
+from .json_file import check_fields, is_own_file, read_object, readable
 
 INDEX = "model.safetensors.index.json"
 #: The one file of a checkpoint without an index; others beside it (adapters, copies) are not the model's.
 SINGLE = "model.safetensors"
-MAX_CONFIG_BYTES = 64 << 20
-MAX_INDEX_BYTES = 1 << 30
+MAX_CONFIG_BYTES = 16 << 20
+#: Some 600,000 tensors.
+MAX_INDEX_BYTES = 64 << 20
+#: How shards are numbered: `model-00002-of-00007.safetensors`.
+_MAX_NAME = 255
+_NUMBERED = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})\.safetensors")
 #: Where AutoGPTQ and AutoAWQ wrote their configs before transformers knew of them.
 _OWN_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 #: Weights that a folder may hold instead, none of which is read.
@@ -25,17 +29,21 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.msgpack", "*.
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands."""
-    if not folder.is_dir():
+    with readable(folder):
+        is_folder = folder.is_dir()
+    if not is_folder:
         raise MissingFileError("no such checkpoint folder", file=folder, remedy="correct the path of this source")
     file = folder / "config.json"
-    if not file.is_file():
+    if not is_own_file(file):
         raise MissingFileError(
             "the folder has no config.json",
             file=file,
             rule="a source is a Hugging Face checkpoint folder",
             remedy="give the folder that holds config.json, or complete the download",
         )
-    return _read_object(file, MAX_CONFIG_BYTES)
+    config = read_object(file, MAX_CONFIG_BYTES)
+    check_fields(file, config)
+    return config
 
 
 def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,10 +53,10 @@ def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, An
             if isinstance(section, Mapping) and isinstance(section.get(key), Mapping):
                 return dict(section[key])
     for name, method in _OWN_CONFIGS.items():
-        if (folder / name).is_file():
-            return {"quant_method": method, **_read_object(folder / name, MAX_CONFIG_BYTES)}
-    if (folder / "hf_quant_config.json").is_file():  # ModelOpt
-        quantization = _read_object(folder / "hf_quant_config.json", MAX_CONFIG_BYTES).get("quantization")
+        if is_own_file(folder / name):
+            return {"quant_method": method, **read_object(folder / name, MAX_CONFIG_BYTES)}
+    if is_own_file(folder / "hf_quant_config.json"):  # ModelOpt
+        quantization = read_object(folder / "hf_quant_config.json", MAX_CONFIG_BYTES).get("quantization")
         return {"quant_method": "modelopt", **(quantization if isinstance(quantization, Mapping) else {})}
     return {}
 
@@ -56,9 +64,9 @@ def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, An
 def read_index(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file name; None where there is no index."""
     file = folder / INDEX
-    if not file.is_file():
+    if not is_own_file(file):
         return None
-    weight_map = _read_object(file, MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_object(file, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IndexFileError("the index has no weight_map", file=file, rule="weight_map maps tensor to file name")
     return weight_map
@@ -67,9 +75,19 @@ def read_index(folder: Path) -> dict[str, str] | None:
 def count_tensors(folder: Path, weight_map: Mapping[str, str]) -> Counter[str]:
     """File name -> how many tensors the index says are in it."""
     try:
-        return Counter(weight_map.values())
+        counts: Counter[str] = Counter(weight_map.values())
     except TypeError:
-        raise IndexFileError("the index maps a tensor to something that is no name", file=folder / INDEX) from None
+        counts = Counter()
+    if weight_map and (not counts or any(type(name) is not str for name in counts)):
+        tensor, name = next((tensor, name) for tensor, name in weight_map.items() if type(name) is not str)
+        raise IndexFileError(
+            f"the index maps a tensor to {name!r:.80}",
+            file=folder / INDEX,
+            tensor=tensor,
+            rule="weight_map maps a tensor's name to a file's",
+            remedy="write the index again, or download it again",
+        )
+    return counts
 
 
 def shard_paths(folder: Path, weight_map: Mapping[str, str] | None, counts: Mapping[str, int]) -> list[Path]:
@@ -79,7 +97,7 @@ def shard_paths(folder: Path, weight_map: Mapping[str, str] | None, counts: Mapp
     names = sorted(counts)
     for name in names:
         _check_name(folder, name, weight_map)
-        if not (folder / name).is_file():
+        if not is_own_file(folder / name):
             raise MissingFileError(
                 f"the shard {name} is missing",
                 file=folder / name,
@@ -87,7 +105,9 @@ def shard_paths(folder: Path, weight_map: Mapping[str, str] | None, counts: Mapp
                 rule=f"every file that {INDEX} names is in the folder",
                 remedy="complete the download, or delete the index if it is another checkpoint's",
             )
-    return [folder / name for name in names]
+    paths = [folder / name for name in names]
+    _check_numbers(paths)
+    return paths
 
 
 def check_counts(
@@ -125,21 +145,9 @@ def check_names(folder: Path, weight_map: Mapping[str, str], shards: Sequence[Sh
         )
 
 
-def _read_object(file: Path, bound: int) -> dict[str, Any]:
-    size = file.stat().st_size
-    if size > bound:
-        raise CheckpointError(f"{file.name} has {size} bytes", file=file, rule=f"at most {bound} bytes")
-    try:
-        value = from_json(file.read_bytes(), cache_strings="none")
-    except ValueError as error:
-        raise CheckpointError(f"{file.name} is not JSON: {error}", file=file, remedy="download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file.name} is not a JSON object", file=file, remedy="download it again")
-    return value
-
-
 def _check_name(folder: Path, name: str, weight_map: Mapping[str, str]) -> None:
-    plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name and "\0" not in name
+    plain = PurePosixPath(name).name == name and "\\" not in name and name.isprintable()
+    plain = plain and len(name) <= _MAX_NAME
     if not plain or not name.endswith(".safetensors"):
         raise IndexFileError(
             f"the index names the file {name!r}",
@@ -155,9 +163,10 @@ def _first(weight_map: Mapping[str, str], file_name: str) -> str:
 
 
 def _unindexed(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
+    if is_own_file(folder / SINGLE):
         return [folder / SINGLE]
-    paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    with readable(folder):
+        paths = sorted(path for path in folder.glob("*.safetensors") if is_own_file(path))
     # Mistral ships the same weights a second time under names of its own.
     paths = [path for path in paths if not path.name.startswith("consolidated")] or paths
     if not paths:
@@ -170,4 +179,23 @@ def _unindexed(folder: Path) -> list[Path]:
             if others
             else "complete the download",
         )
+    _check_numbers(paths)
     return paths
+
+
+def _check_numbers(paths: Sequence[Path]) -> None:
+    """The files' own numbers tell whether one is missing, from an index too."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for path in paths:
+        if found := _NUMBERED.fullmatch(path.name):
+            sets.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+    for (begin, total), numbers in sets.items():
+        first = 0 if 0 in numbers else 1
+        absent = next(number for number in range(first, max(numbers) + 2) if number not in numbers)
+        if absent != first + total:
+            raise MissingFileError(
+                f"shard {absent} of the {total} of {begin} is missing",
+                file=paths[0].parent,
+                rule="every shard of a numbered set is in the folder, and the index names it",
+                remedy=f"complete the download, {INDEX} included",
+            )

@@ -15,13 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import FormatError
+from .regular import compile_regex
 
 Config = Mapping[str, Any]
 _MAPPINGS = frozenset(("dynamic", "extra_config", "config_groups", "quantized_layers"))
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys((*_MAPPINGS, "weights", "input_activations"), Mapping),
     **dict.fromkeys(("ignore", "targets", "weight_block_size"), list),
-    **dict.fromkeys(("bits", "act_bits"), int),
+    **dict.fromkeys(("bits", "act_bits", "num_bits"), int),
+    **dict.fromkeys(("quant_method", "activation_scheme", "strategy", "type", "quant_algo", "data_type"), str),
+    **dict.fromkeys(("weight_scale_method", "weight_scale_semantics", "checkpoint_format", "packing_format"), str),
+    **dict.fromkeys(("sym", "desc_act", "symmetric"), bool),
     "group_size": (int, list),
 }
 _FLOATING = re.compile(r"\.\*[^?+*{]")
@@ -31,6 +35,7 @@ class Rules:
     """Compiled once per checkpoint; `index` costs about a microsecond however many exact names there are."""
 
     def __init__(self, config: Config) -> None:
+        self._whole = config
         _check_types(config)
         _refuse_rotation(config)
         rules = list(_rules(config))
@@ -40,7 +45,7 @@ class Rules:
         self._patterns: list[tuple[int, re.Pattern[str]]] = []
         for index, (name, is_regex, _) in enumerate(rules, 1):
             if is_regex:
-                self._patterns.append((index, _compile(name)))
+                self._patterns.append((index, compile_regex(name)))
             else:
                 self._exact.setdefault(name, index)
         self._any = _union([pattern for _, pattern in self._patterns])
@@ -55,6 +60,14 @@ class Rules:
                 if pattern.match(module):
                     return index
         return exact or 0
+
+    def general(self, index: int) -> Config | None:
+        """What holds for modules without rules of their own, where the module of this index is."""
+        return self.configs[0]
+
+    def origin(self, module: str) -> tuple[str, Config]:
+        """The part of a mix that a module comes from (a checkpoint of one origin has one, ""), and all its config."""
+        return "", self._whole
 
 
 def _rules(config: Config) -> Iterator[tuple[str, bool, Config | None]]:
@@ -129,17 +142,6 @@ def _malformed(what: str) -> FormatError:
         rule="bits and group_size are integers; dynamic, extra_config and config_groups map names to mappings",
         remedy="correct quantization_config in config.json",
     )
-
-
-def _compile(regex: str) -> re.Pattern[str]:
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise FormatError(
-            f"quantization_config holds {regex!r}, which is not a regular expression: {error}",
-            rule="module names in dynamic, extra_config, ignore and targets are Python regular expressions",
-            remedy="correct quantization_config in config.json",
-        ) from error
 
 
 def _union(patterns: Iterable[re.Pattern[str]]) -> re.Pattern[str] | None:

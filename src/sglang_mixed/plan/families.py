@@ -70,6 +70,8 @@ _NEVER_TIED = frozenset(f"{name}ForCausalLM" for name in ("Qwen2Moe", "Qwen3Moe"
 _TEXT_ONLY = {"Llama4ForConditionalGeneration": ("vision_model.", "multi_modal_projector.")}
 #: What the names of a language model begin with, where it is part of a larger model.
 _LANGUAGE_MODEL = "language_model."
+#: Where a model's layers are numbered.
+LAYERS = ("model.layers", f"{_LANGUAGE_MODEL}model.layers")
 #: model_type -> the projections whose rows SGLang reorders when it loads them, in 16 bits.
 _REORDERED = {"llama4_text": ("q_proj", "k_proj")}
 #: Layers past the last for multi-token prediction; no model appends more.

@@ -11,7 +11,6 @@ from ..checkpoint.folder import read_config
 from ..checkpoint.pause import collector_paused
 from ..config import MixedPrecisionMap, load_map, locate
 from .cover import cover
-from .families import never_loaded
 from .fused import split_notices
 from .plan import Plan, fingerprint
 from .resolve import Assignment, assign, default_source, idle_rules, source_at
@@ -40,8 +39,7 @@ def _make(described: MixedPrecisionMap, base: Path | None) -> Plan:
     default = default_source(described, base)
     reference = source_at(described, base) or default
     opened = {reference: open_checkpoint(described.sources[reference])}
-    skipped = never_loaded(opened[reference].modules, opened[reference].config)
-    assignment = assign(described, default, opened[reference].modules, skipped)
+    assignment = assign(described, default, opened[reference])
     used = [name for name in described.sources if name in assignment.used or name == reference]
     checkpoints = {name: opened.get(name) or open_checkpoint(described.sources[name]) for name in used}
     if not described.allow_different_base:

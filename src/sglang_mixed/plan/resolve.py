@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import Checkpoint
 from ..config import MixedPrecisionMap, Rule
 from ..errors import PatternError, nearest
 from ..patterns import NameTree, Pattern
+from .complete import check_complete
+from .families import never_loaded
 from .fold import by_template, split_name
 
 _WEIGHT = ("weight",)
@@ -53,17 +56,18 @@ def source_at(described: MixedPrecisionMap, path: Path | None) -> str | None:
     return next((name for name, folder in described.sources.items() if folder.resolve() == resolved), None)
 
 
-def assign(
-    described: MixedPrecisionMap, default: str, modules: Mapping[str, Collection[str]], skipped: set[str]
-) -> Assignment:
+def assign(described: MixedPrecisionMap, default: str, base: Checkpoint) -> Assignment:
     """Resolve every rule: an exact name beats a pattern; among either, the later line wins.
 
-    `modules`: module -> its local names in the base. Raises PatternError for a rule that names none of them.
+    Raises PatternError for a rule that names no module of the base, CoverageError for a base that lacks layers.
     """
+    modules = base.modules
+    skipped = never_loaded(modules, base.config)
     decided: dict[str, Rule | None] = dict.fromkeys(modules)
     for name in skipped:
         del decided[name]
     tree = NameTree(decided, lambda name: _nameable(modules[name]))
+    check_complete(tree, base)
     parsed = list(zip(described.rules, described.patterns(), strict=True))
     for rule, pattern in sorted(parsed, key=lambda pair: pair[1].exact):
         matched = tree.match(pattern)
