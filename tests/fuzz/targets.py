@@ -140,7 +140,7 @@ class Fuzzer:
             reads = list(planned.reads())
             expected = sum(read.nbytes for _, _, tensors in reads for read in tensors)
             log = ReadLog()
-            found = {name: tensor for name, tensor in stream(reads, log)}
+            found = dict(stream(reads, log))
             _require(sum(tensor.nbytes for tensor in found.values()) == log.bytes_read == expected, "bytes differ")
         _require(plan.file_bytes <= expected * 4 + (1 << 20), "planned bytes are out of all proportion")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,8 +125,8 @@ def _first_twice(raw: bytes) -> str | None:
     found: list[str] = []
 
     def look(pairs: list[tuple[str, Any]]) -> None:
-        names: set[str] = set()
-        found.extend([name for name, _ in pairs if name in names or names.add(name)])
+        counts = Counter(name for name, _ in pairs)
+        found.extend([name for name, count in counts.items() if count > 1])
 
     # Numbers stay text: Python bounds the digits that it converts.
     json.loads(raw, object_pairs_hook=look, parse_int=str)
