@@ -11,10 +11,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "sglang_mixed"
 #: Rooms from the bottom up; a room imports itself and what stands below it.
 LEVELS = [
     {"errors"},
-    {"formats", "patterns", "yaml_lines"},
+    {"patterns", "yaml_lines"},
+    {"formats"},
     {"config", "checkpoint", "kernels"},
     {"stream", "plan"},
-    {"memory", "experts"},
+    {"memory", "experts", "export"},
     {"engine", "torch", "cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

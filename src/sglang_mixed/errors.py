@@ -21,6 +21,7 @@ MixedPrecisionError
 │   ├── SmoothingError      a norm with smoothing folded in, apart from what reads it
 │   ├── DifferentBaseError  sources that were made from different base models
 │   └── ParallelismError    a cut over ranks that a format cannot take
+├── ExportError           a folder that an export cannot be written to
 ├── ExpertCountsError     counts of experts that are none, or are of another model
 │   └── ExpertExportError   a file of counts that cannot be read or written
 └── EngineError           inside a serving process
@@ -169,6 +170,10 @@ class DifferentBaseError(PlanError):
 
 class ParallelismError(PlanError):
     """A cut over ranks that a format cannot take."""
+
+
+class ExportError(MixedPrecisionError):
+    """A folder that an export cannot be written to."""
 
 
 class ExpertCountsError(MixedPrecisionError):

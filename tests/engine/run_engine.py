@@ -22,7 +22,7 @@ def main() -> None:
     job = json.loads(asked.read_text())
     engine = sglang.Engine(**job["arguments"])
     answers = [engine.generate(**request) for request in job["requests"]]
-    mixed = job["arguments"].get("enable_mixed_precision")
+    mixed = engine.server_args.quantization == "mixed_precision"
     result = {"answers": answers, "memory": get_mixed_precision_memory_stats() if mixed else None}
     answered.write_text(json.dumps(result))
     engine.shutdown()

@@ -36,6 +36,14 @@ def test_a_star_where_every_known_number_is_meant() -> None:
     assert fold(["lm_head"], by_template(["lm_head"])) == ["lm_head"]
 
 
+def test_patterns_are_never_longer_than_a_map_may_hold() -> None:
+    wanted = names(range(0, 600, 2), range(0, 400, 3))
+    patterns = fold(wanted)
+    tree = NameTree(names(range(601), range(401)), lambda _: ("weight",))
+    assert len(patterns) > 1
+    assert sorted(name for one in patterns for name in tree.match(parse_pattern(one))) == sorted(wanted)
+
+
 numbers = st.integers(0, 4)
 
 

@@ -50,6 +50,25 @@ def check(
 
 
 @app.command()
+def export(
+    map_path: Annotated[Path, typer.Argument(metavar="MAP", help="The YAML map.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of tensors in one file.")] = "5GB",
+    model_path: Annotated[str | None, typer.Option(help="The base model, as given to SGLang.")] = None,
+    allow_different_base: Annotated[
+        bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the mix as one checkpoint folder, which SGLang serves without a map; run again, it goes on."""
+    with reported():
+        from .export import render, run
+
+        report = run(map_path, folder, max_shard_size, model_path, allow_different_base=allow_different_base)
+        print(json.dumps(report, indent=2)) if as_json else render(report)
+
+
+@app.command()
 def proof(
     url: Annotated[str, typer.Argument(metavar="URL", help="A running server, e.g. http://127.0.0.1:30000")],
     as_json: AsJson = False,

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import MixedPrecisionMap, load_map
-from ..errors import EngineError, MapError, MixedPrecisionError, UnsupportedError
+from ..checkpoint.folder import quantization_config, read_config
+from ..config import MixedPrecisionMap, load_map, locate
+from ..errors import CheckpointError, EngineError, MapError, MixedPrecisionError, UnsupportedError
+from ..formats.mix import METHOD
 from ..plan import Plan, make_plan
 from .unsupported import refuse_unsupported
 
@@ -99,22 +101,10 @@ def engine_arguments(server_args_class: Callable[..., Any]) -> Callable[..., Any
 def translate(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[str, Any]:
     """SGLang arguments to set; none without our flags. Plans and checks everything, before any process is started."""
     overrides = _expert_parallel(arguments, explicit)
-    path = arguments.get("mixed_precision_config")
-    if not arguments.get("enable_mixed_precision"):
-        if path:
-            raise MapError(
-                "--mixed-precision-config is given without --enable-mixed-precision",
-                file=path,
-                remedy="add --enable-mixed-precision, or leave the map out to serve the checkpoint as it is",
-            )
+    path = _map_path(arguments)
+    if path is None:
         return overrides
-    if not path:
-        raise MapError(
-            "--enable-mixed-precision needs a map", remedy="add --mixed-precision-config MAP.yaml (see the README)"
-        )
-    described = dataclasses.replace(
-        load_map(Path(path)), allow_different_base=bool(arguments.get("allow_different_base"))
-    )
+    described = dataclasses.replace(load_map(path), allow_different_base=bool(arguments.get("allow_different_base")))
     overrides |= _from_sections(described, arguments, explicit)
     refuse_unsupported({**arguments, **overrides})
     base = str(arguments["model_path"])
@@ -143,6 +133,35 @@ def _from_sections(
             logger.warning(
                 "mixed precision: %s %s wins over the map's %s.%s: %s", flag, arguments[name], section, key, value
             )
+def _map_path(arguments: Mapping[str, Any]) -> Path | None:
+    """The map, or the exported mix that needs none; None for a model that is served as it is."""
+    path = arguments.get("mixed_precision_config")
+    if arguments.get("enable_mixed_precision"):
+        found = Path(path) if path else _exported_mix(arguments.get("model_path"))
+        if found is None:
+            raise MapError(
+                "--enable-mixed-precision needs a map", remedy="add --mixed-precision-config MAP.yaml (see the README)"
+            )
+        return found
+    if path:
+        raise MapError(
+            "--mixed-precision-config is given without --enable-mixed-precision",
+            file=path,
+            remedy="add --enable-mixed-precision, or leave the map out to serve the checkpoint as it is",
+        )
+    return _exported_mix(arguments.get("model_path"))
+
+
+def _exported_mix(model_path: object) -> Path | None:
+    """The folder of a model that `sglang-mixed export` wrote; None for any other, whatever is wrong with it."""
+    try:
+        folder = locate(str(model_path), Path.cwd())
+        quantization = quantization_config(folder, read_config(folder))
+    except CheckpointError:
+        return None
+    return folder if quantization.get("quant_method") == METHOD else None
+
+
         else:
             overrides[name] = value
     return overrides

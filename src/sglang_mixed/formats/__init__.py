@@ -59,7 +59,7 @@ def get_format(name: str) -> WeightFormat:
 
 def detect(module: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> ModuleFormat:
     """The format of one module; for many of one checkpoint use a `Detector`."""
-    return Detector(config)(module, tensors)
+    return Detector(config, (module,))(module, tensors)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import InconsistentFormatError, UnknownFormatError
 from .base import ModuleFormat, TensorInfo, weight_tensors
+from .mix import METHOD, MixRules
 from .recognise import recognise
 from .rules import Rules
 
 
 class Detector:
-    """Tells the formats of one checkpoint's modules; modules alike in tensors and config share one ModuleFormat."""
+    """Tells the formats of one checkpoint's modules; modules alike in tensors and config share one ModuleFormat.
 
-    def __init__(self, config: Mapping[str, Any] | None) -> None:
-        self._rules = Rules(config or {})
+    `config` is the checkpoint's `quantization_config`; that of an exported mix names its parts' `modules` by patterns.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None, modules: Iterable[str] = ()) -> None:
+        config = config or {}
+        self.rules = MixRules(config, modules) if config.get("quant_method") == METHOD else Rules(config)
         self._found: dict[tuple[int, tuple[tuple[str, TensorInfo], ...]], ModuleFormat] = {}
 
     def __call__(self, module: str, tensors: Mapping[str, TensorInfo]) -> ModuleFormat:
         """The format of a module from its local tensors. Raises UnknownFormatError, InconsistentFormatError."""
-        rule = self._rules.index(module)
+        rule = self.rules.index(module)
         key = rule, tuple(tensors.items())
         found = self._found.get(key)
         if found is None:
             found = self._found[key] = _detect(
-                module, weight_tensors(tensors), self._rules.configs[rule], self._rules.configs[0]
+                module, weight_tensors(tensors), self.rules.configs[rule], self.rules.general(rule)
             )
         return found
 

@@ -206,6 +206,8 @@ def _is_read(config: Mapping[str, Any]) -> bool:
 
 def _zero_offset(config: Mapping[str, Any]) -> tuple[int, bool]:
     """What to add to stored zero points (v1: 1, v2: 0), and whether the config is proof of it."""
+    if "zero_offset" in config:  # an exported mix, which was proven when it was planned
+        return int(config["zero_offset"]), True
     if config.get("quant_method") == "auto-round":
         return (1, True) if "auto_gptq" in str(config.get("packing_format")) else (0, False)
     return ZERO_OFFSETS[config.get("checkpoint_format") or "gptq"], True

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 
+from ..patterns import MAX_LENGTH
+
 Indices = tuple[int, ...]
+#: A product of sets of numbers, one for each place of a template.
+Box = tuple[frozenset[int], ...]
 
 
 def split_name(name: str) -> tuple[str, Indices]:
@@ -31,16 +35,31 @@ def fold(names: Iterable[str], within: Mapping[str, list[Indices]] | None = None
     for template, indices in by_template(names).items():
         known = [set(column) for column in zip(*within[template], strict=True)] if within else []
         for box in _boxes(set(indices)):
-            texts = [
-                "*" if known and len(values) > 1 and values == known[place] else _ranges(sorted(values))
-                for place, values in enumerate(box)
-            ]
-            pieces = template.split("*")
-            patterns.append("".join(piece + text for piece, text in zip(pieces, [*texts, ""], strict=True)))
+            patterns += _write(template.split("*"), box, known)
     return patterns
 
 
-def _boxes(indices: set[Indices]) -> list[tuple[frozenset[int], ...]]:
+def _write(pieces: list[str], box: Box, known: list[set[int]]) -> list[str]:
+    """The box as a pattern; as several where one would be longer than a map may hold."""
+    texts = [
+        "*" if known and len(values) > 1 and values == known[place] else _ranges(sorted(values))
+        for place, values in enumerate(box)
+    ]
+    text = "".join(piece + text for piece, text in zip(pieces, [*texts, ""], strict=True))
+    divisible = [place for place, values in enumerate(box) if len(values) > 1]
+    if len(text) <= MAX_LENGTH or not divisible:
+        return [text]
+    place = max(divisible, key=lambda place: len(texts[place]))
+    values = sorted(box[place])
+    halves = values[: len(values) // 2], values[len(values) // 2 :]
+    return [
+        pattern
+        for half in halves
+        for pattern in _write(pieces, (*box[:place], frozenset(half), *box[place + 1 :]), known)
+    ]
+
+
+def _boxes(indices: set[Indices]) -> list[Box]:
     """Disjoint products of sets that together are `indices`."""
     if () in indices:
         return [()]

@@ -1,0 +1,5 @@
+"""A mix as one self-contained checkpoint folder."""
+
+from .export import export
+
+__all__ = ["export"]
