@@ -13,13 +13,18 @@ import sglang_mixed
 def test_the_names() -> None:
     assert sorted(sglang_mixed.__all__) == [
         "Checkpoint",
+        "ExpertActivationTracker",
         "MixedPrecisionError",
         "MixedPrecisionMap",
         "Plan",
+        "export_expert_activation_stats",
+        "get_expert_activation_stats",
+        "get_global_expert_tracker",
         "get_mixed_precision_memory_stats",
         "load_map",
         "make_plan",
         "open_checkpoint",
+        "reset_expert_activation_stats",
     ]
     for name in sglang_mixed.__all__:
         assert getattr(sglang_mixed, name).__name__ == name

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, open_checkpoint
     from .config import MixedPrecisionMap, load_map
-    from .engine.routes import get_mixed_precision_memory_stats
+    from .engine.statistics import (
+        export_expert_activation_stats,
+        get_expert_activation_stats,
+        get_global_expert_tracker,
+        get_mixed_precision_memory_stats,
+        reset_expert_activation_stats,
+    )
     from .errors import MixedPrecisionError
+    from .experts import ExpertActivationTracker
     from .plan import Plan, make_plan
 
 _HOMES = {
@@ -19,17 +26,27 @@ _HOMES = {
     "MixedPrecisionError": "errors",
     "Plan": "plan",
     "make_plan": "plan",
-    "get_mixed_precision_memory_stats": "engine.routes",
+    "ExpertActivationTracker": "experts",
+    "export_expert_activation_stats": "engine.statistics",
+    "get_expert_activation_stats": "engine.statistics",
+    "get_global_expert_tracker": "engine.statistics",
+    "get_mixed_precision_memory_stats": "engine.statistics",
+    "reset_expert_activation_stats": "engine.statistics",
 }
 __all__ = [
     "Checkpoint",
+    "ExpertActivationTracker",
     "MixedPrecisionError",
     "MixedPrecisionMap",
     "Plan",
+    "export_expert_activation_stats",
+    "get_expert_activation_stats",
+    "get_global_expert_tracker",
     "get_mixed_precision_memory_stats",
     "load_map",
     "make_plan",
     "open_checkpoint",
+    "reset_expert_activation_stats",
 ]
 
 

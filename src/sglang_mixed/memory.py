@@ -21,11 +21,14 @@ def memory_stats(modules: Iterable[ModuleBytes]) -> dict[str, Any]:
     """Totals in bytes (`memory_saved_mb` in MiB); `compression_ratio` is 16-bit bytes over actual bytes."""
     by_format: dict[str, dict[str, int]] = {}
     by_kind: dict[str, dict[str, int]] = {}
-    total = {"modules": 0, "bytes": 0, "bf16_bytes": 0}
+    by_both: dict[str, dict[str, dict[str, int]]] = {}
+    nothing = {"modules": 0, "bytes": 0, "bf16_bytes": 0}
+    total = dict(nothing)
     for module in modules:
         for totals in (
-            by_format.setdefault(module.format, {"modules": 0, "bytes": 0, "bf16_bytes": 0}),
-            by_kind.setdefault(module.kind, {"modules": 0, "bytes": 0, "bf16_bytes": 0}),
+            by_format.setdefault(module.format, dict(nothing)),
+            by_kind.setdefault(module.kind, dict(nothing)),
+            by_both.setdefault(module.format, {}).setdefault(module.kind, dict(nothing)),
             total,
         ):
             totals["modules"] += 1
@@ -38,6 +41,7 @@ def memory_stats(modules: Iterable[ModuleBytes]) -> dict[str, Any]:
         "compression_ratio": total["bf16_bytes"] / total["bytes"] if total["bytes"] else 1.0,
         "by_format": by_format,
         "by_module_kind": by_kind,
+        "by_format_and_kind": by_both,
     }
 
 

@@ -44,6 +44,7 @@ IMPORTED = (
     "sglang_mixed.engine.plugin",
     "sglang_mixed.engine.quantization",
     "sglang_mixed.engine.routes",
+    "sglang_mixed.engine.tracking",
 )
 ROOT = Path(__file__).parents[2]
 # Two threads of a tiny model wait for each other longer than one takes. SGLang compiles a function where there are

@@ -30,6 +30,14 @@ ARGUMENTS = {
     ("server", "port"): "port",
     ("server", "max_workers"): "tokenizer_worker_num",
 }
+#: Keyword arguments of `sgl.Engine` that SGLang does not know.
+OURS = (
+    "enable_mixed_precision",
+    "mixed_precision_config",
+    "allow_different_base",
+    "disable_expert_tracking",
+    "enable_ep_moe",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,7 @@ class Request:
     map: dict[str, Any]
     base: str
     fingerprint: str
+    track_experts: bool = True
 
     def rebuild_plan(self) -> Plan:
         """The plan, from this process's view of the files. Raises EngineError if they differ from the launcher's."""
@@ -62,6 +71,9 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
     )
     group.add_argument(
         "--allow-different-base", action="store_true", help="Mix sources although their 16-bit weights differ."
+    )
+    group.add_argument(
+        "--disable-expert-tracking", action="store_true", help="Do not count the tokens routed to each expert."
     )
     if not any("--enable-ep-moe" in action.option_strings for action in parser._actions):
         parser.add_argument("--enable-ep-moe", action="store_true", help="An older name: --ep-size equal to --tp-size.")
@@ -92,8 +104,7 @@ def engine_arguments(server_args_class: Callable[..., Any]) -> Callable[..., Any
 
     def build(**arguments: Any) -> Any:
         overrides = translate(arguments, set(arguments))
-        ours = ("enable_mixed_precision", "mixed_precision_config", "allow_different_base", "enable_ep_moe")
-        return server_args_class(**{k: v for k, v in arguments.items() if k not in ours} | overrides)
+        return server_args_class(**{k: v for k, v in arguments.items() if k not in OURS} | overrides)
 
     return build
 
@@ -111,7 +122,9 @@ def translate(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[s
     plan = make_plan(described, base=base)
     for warning in plan.warnings:
         logger.warning("mixed precision: %s", warning)
-    request = Request(described.to_json(), base, plan.fingerprint)
+    request = Request(
+        described.to_json(), base, plan.fingerprint, track_experts=not arguments.get("disable_expert_tracking")
+    )
     extra = json.loads(arguments.get("model_loader_extra_config") or "{}")
     return overrides | {
         "quantization": "mixed_precision",

@@ -38,16 +38,16 @@ def build_experts(
     layer.weighs_input = apply_router_weight_on_input
 
 
-def run_experts(
-    original: Callable[..., torch.Tensor], layer: Any, hidden_states: torch.Tensor, topk_output: Any, **kwargs: Any
-) -> torch.Tensor:
-    """Hook around `FusedMoE.forward`: no loop in plain torch weighs an expert's input, as Llama 4 does with its one."""
+def run_experts(original: Callable[..., Any], layer: Any, dispatch_output: Any) -> Any:
+    """Hook around `FusedMoE.run_moe_core`: no loop in plain torch weighs an expert's input, as Llama 4's one does."""
     if layer.weighs_input:
-        weights = topk_output.topk_weights
+        hidden_states, weights = dispatch_output.hidden_states, dispatch_output.topk_output.topk_weights
         assert weights.shape[1] == 1, "one expert a token"
-        hidden_states = (hidden_states * weights).to(hidden_states.dtype)
-        topk_output = topk_output._replace(topk_weights=torch.ones_like(weights))
-    return original(layer, hidden_states, topk_output, **kwargs)
+        dispatch_output = dispatch_output._replace(
+            hidden_states=(hidden_states * weights).to(hidden_states.dtype),
+            topk_output=dispatch_output.topk_output._replace(topk_weights=torch.ones_like(weights)),
+        )
+    return original(layer, dispatch_output)
 
 
 def rotary_embedding(original: Callable[..., Any], *args: Any, rope_scaling: Any = None, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
     return {
         "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": gate_shared_expert,
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.__init__": build_experts,
-        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward": run_experts,
+        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.run_moe_core": run_experts,
         "sglang.srt.layers.moe.topk.select_experts": select_experts,
         "sglang.srt.models.llama4.Llama4Attention.forward": attend_llama4,
         "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper": rotary_embedding,

@@ -10,23 +10,29 @@ def register() -> None:
     from sglang.srt.layers.quantization import QUANTIZATION_METHODS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import arguments, cpu_logits, cpu_ops, cpu_parallel, loader, quantization, routes
+    from . import arguments, cpu_logits, cpu_ops, cpu_parallel, loader, quantization, questions, routes, tracking
     from .cpu_platform import runs_on_torch_cpu
 
     arguments_path = "sglang.srt.server_args.ServerArgs"
+    runner_path = "sglang.srt.model_executor.model_runner.ModelRunner"
     worker_path = "sglang.srt.managers.tp_worker.BaseTpWorker"
     for target, hook in {
         f"{arguments_path}.add_cli_args": arguments.add_cli_args,
         f"{arguments_path}.from_cli_args": arguments.from_cli_args,
         "sglang.srt.model_loader.loader.get_model_loader": loader.get_model_loader,
         "sglang.srt.model_loader.utils.get_model_architecture": loader.get_model_architecture,
+        f"{runner_path}.load_model": tracking.load_model,
+        f"{runner_path}.forward": tracking.forward,
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": tracking.init_batch,
+        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward_impl": tracking.forward_impl,
         f"{worker_path}.update_weights_from_disk": loader.update_weights,
         f"{worker_path}.update_weights_from_distributed": loader.update_weights,
         f"{worker_path}.update_weights_from_tensor": loader.update_weights,
         f"{worker_path}.update_weights_from_ipc": loader.update_weights,
-        "sglang.srt.managers.scheduler.Scheduler.get_internal_state": routes.get_internal_state,
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state": questions.get_internal_state,
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": routes.launch_subprocesses,
         "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
+        "sglang.srt.utils.common.add_prometheus_middleware": routes.add_prometheus_middleware,
         "uvicorn.run": routes.run_uvicorn,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)

@@ -19,7 +19,7 @@ from ..formats import get_format
 from ..formats.slicing import rebase
 from ..kernels.compressed import CompressedWeight
 from ..memory import ModuleBytes, memory_stats, module_kind
-from ..plan import PlannedModule, RankPlan
+from ..plan import Plan, PlannedModule, RankPlan
 from ..stream import ReadLog, sha256, stream
 from .intake import Bias, Intake
 from .stock import StockParameters
@@ -51,6 +51,11 @@ class Proof:
         self._parameter_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         self._seconds = seconds
         threading.Thread(target=self._verify_or_end, name="weight-proof", daemon=True).start()
+
+    @property
+    def plan(self) -> Plan:
+        """The whole model's plan."""
+        return self._plan.plan
 
     @property
     def weight_bytes(self) -> int:

@@ -1,61 +1,24 @@
-"""Our HTTP routes, and the way their questions reach the schedulers.
-
-The question travels as SGLang's own GetInternalStateReq, marked by its request id; the answer is one per DP rank.
-"""
+"""Our HTTP routes in SGLang's server. Whoever may read `/server_info` may read them; a reset is for its admins."""
 
 from __future__ import annotations
 
 import asyncio
-import operator
 import sys
 from collections.abc import Callable
+from importlib import resources
 from typing import Any
 
-from ..errors import EngineError
+from fastapi import Request
+from fastapi.responses import HTMLResponse, JSONResponse
+from sglang.srt.utils.auth import AuthLevel, auth_level
+
+from ..errors import EngineError, ExpertCountsError, MixedPrecisionError, UnsupportedError
+from ..experts import ExpertFormats, nothing_counted, report
 from . import state
-from .ranks import gather
+from .questions import HTTP_SERVER, Question, ask
+from .statistics import add_counts, described_map, export_experts
 
-MARK = "mixed_precision"
-HTTP_SERVER = "sglang.srt.entrypoints.http_server"
-
-
-def get_internal_state(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    """Hook around the scheduler's handler, which every rank runs: a marked request gets all their reports."""
-    question = request.rid or ""
-    if not question.startswith(MARK):
-        return original(scheduler, request)
-    from sglang.srt.managers.io_struct import GetInternalStateReqOutput
-
-    report = {"data_parallel_rank": scheduler.ps.dp_rank or 0, **_report(modules=question.endswith("modules"))}
-    ranks = gather({key: value for key, value in report.items() if key != "modules"})
-    return GetInternalStateReqOutput(
-        internal_state={**report, "tensor_parallel_ranks": ranks} if len(ranks) > 1 else report
-    )
-
-
-def _report(modules: bool) -> dict[str, Any]:
-    # Whatever happens here, the other ranks wait in the gather.
-    try:
-        if state.proof is None:
-            raise EngineError("no mixed-precision model runs in this process")
-        return state.proof.report(modules)
-    except Exception as error:
-        return {"error": str(error)}
-
-
-async def ask_schedulers(modules: bool = True) -> list[dict[str, Any]]:
-    """The reports of all DP ranks in order, each with those of its TP ranks. Raises EngineError if one has none."""
-    from sglang.srt.managers.io_struct import GetInternalStateReq
-
-    manager = state.tokenizer_manager or sys.modules[HTTP_SERVER].get_global_state().tokenizer_manager
-    manager.auto_create_handle_loop()
-    request = GetInternalStateReq(rid=f"{MARK}/modules" if modules else MARK)
-    reports = [answer.internal_state for answer in await manager.get_internal_state_communicator(request)]
-    for report in reports:
-        for rank in report.get("tensor_parallel_ranks", [report]):
-            if "error" in rank:
-                raise EngineError(f"a rank has no report: {rank['error']}")
-    return sorted(reports, key=operator.itemgetter("data_parallel_rank"))
+PREFIX = "/mixed_precision"
 
 
 def launch_subprocesses(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +42,22 @@ def run_uvicorn(original: Callable[..., None], app: Any, *args: Any, **kwargs: A
 
 def add_routes(app: Any) -> None:
     """Add our routes to SGLang's FastAPI app."""
-    app.add_api_route("/mixed_precision", mixed_precision, methods=["GET"])
+    app.add_api_route(PREFIX, mixed_precision, methods=["GET"])
+    app.add_api_route(f"{PREFIX}/experts", experts, methods=["GET"])
+    app.add_api_route(f"{PREFIX}/experts/reset", reset_experts, methods=["POST"])
+    app.add_api_route(f"{PREFIX}/experts.json", download_experts, methods=["GET"])
+    app.add_api_route(f"{PREFIX}/page", page, methods=["GET"])
+    app.add_exception_handler(MixedPrecisionError, answer_error)
+
+
+def add_prometheus_middleware(original: Callable[[Any], None], app: Any) -> None:
+    """Hook around the function that mounts `/metrics`: of a server with our routes it has our metrics, too."""
+    original(app)
+    if any(getattr(route, "path", None) == PREFIX for route in app.routes):
+        # It must not be imported earlier: with the first import of its library SGLang chooses the folder.
+        from .metrics import metrics_app
+
+        app.routes[-1].app = metrics_app()
 
 
 async def mixed_precision(modules: bool = True) -> dict[str, Any]:
@@ -87,22 +65,56 @@ async def mixed_precision(modules: bool = True) -> dict[str, Any]:
 
     `tensor_parallel_ranks` are all of a group, rank 0 too; `data_parallel_ranks` are the other groups.
     """
-    first, *others = await ask_schedulers(modules)
+    first, *others = await ask(Question.MODULES if modules else Question.MEMORY)
     return {**first, "data_parallel_ranks": others} if others else first
 
 
-def get_mixed_precision_memory_stats() -> dict[str, Any]:
-    """Totals of the mixed model that this process serves, or whose `sgl.Engine` it runs.
+async def experts(layer: str | None = None, top: str = "10") -> dict[str, Any]:
+    """`GET /mixed_precision/experts`: what was counted since the last reset, of one `layer` or of all.
 
-    `weight_bytes`, `planned_bytes`, `bf16_bytes` (what 16 bits would take), `memory_saved_mb` (MiB),
-    `compression_ratio`, and `by_format` / `by_module_kind`, each {modules, bytes, bf16_bytes}.
-    Raises EngineError where no such model runs.
+    The answer is `experts.report`'s; `top` is how many experts it ranks.
     """
-    if state.proof is not None:
-        return state.proof.report(modules=False)
-    if state.tokenizer_manager is None:
-        raise EngineError(
-            "no mixed-precision model runs in this process",
-            remedy="start sgl.Engine(enable_mixed_precision=True, ...), or ask a server: sglang-mixed proof URL",
-        )
-    return asyncio.get_event_loop().run_until_complete(ask_schedulers(modules=False))[0]
+    number, most = None if layer is None else whole_number("layer", layer), whole_number("top", top)
+    answers = await ask(Question.EXPERTS)
+    counts = add_counts(answers)
+    if counts is None:
+        return nothing_counted(answers[0]["state"], described_map())
+    formats = ExpertFormats.from_json(answers[0]["formats"])
+    return await asyncio.to_thread(report, counts, formats, described_map(), layer=number, top=most)
+
+
+@auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
+async def reset_experts() -> JSONResponse:
+    """`POST /mixed_precision/experts/reset`: count from nothing again; answers the export of what was cleared."""
+    return await exported(Question.RESET_EXPERTS)
+
+
+async def download_experts() -> JSONResponse:
+    """`GET /mixed_precision/experts.json`: the counts as a file that `sglang-mixed experts` reads."""
+    response = await exported(Question.EXPERTS)
+    response.headers["Content-Disposition"] = 'attachment; filename="experts.json"'
+    return response
+
+
+async def exported(question: Question) -> JSONResponse:
+    """What all ranks answer, as an export. With many experts that takes long, and other requests are waiting."""
+    answers = await ask(question)
+    return await asyncio.to_thread(lambda: JSONResponse(export_experts(answers).to_json()))
+
+
+def whole_number(name: str, text: str) -> int:
+    """A query parameter. Raises ExpertCountsError for anything but a number from 0."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ExpertCountsError(f"{name}={text[:40]!r}", rule=f"{name} is a whole number from 0")
+    return int(text)
+
+
+async def page() -> HTMLResponse:
+    """`GET /mixed_precision/page`: all of this to look at."""
+    return HTMLResponse(resources.files("sglang_mixed.experts").joinpath("page.html").read_text(encoding="utf-8"))
+
+
+async def answer_error(request: Request, error: MixedPrecisionError) -> JSONResponse:
+    """An error of ours as {"error": its message}: 400 for the request's, 409 and 503 for the server's."""
+    status = 409 if isinstance(error, UnsupportedError) else 503 if isinstance(error, EngineError) else 400
+    return JSONResponse({"error": str(error)}, status)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .intake import Place
     from .ledger import Ledger, Line
     from .proof import Proof
+    from .tracking import ExpertTracker
 
 
 @dataclass(slots=True)
@@ -58,6 +59,8 @@ class Loading:
 loading: Loading | None = None
 #: The proof of the model this process serves; None in the HTTP process.
 proof: Proof | None = None
+#: What counts the tokens routed to that model's experts; None where nothing is counted.
+tracker: ExpertTracker | None = None
 #: The HTTP process's TokenizerManager, through which it asks the schedulers.
 tokenizer_manager: Any = None
 
