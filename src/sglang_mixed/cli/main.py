@@ -83,6 +83,32 @@ def proof(
         print(json.dumps(report, indent=2)) if as_json else print_proof(report, Console())
 
 
+@app.command()
+def experts(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="URL|FILE...", help="Running servers and exported files; several are merged.")
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many experts and layers to show.")] = 10,
+    layer: Annotated[int | None, typer.Option(min=0, help="Show this layer alone.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one line per expert.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Write the merged statistics as JSON.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the page's pictures (needs matplotlib).")] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Clear the servers' counts; what was cleared is shown and written.")
+    ] = False,
+    api_key: Annotated[str | None, typer.Option(envvar="SGLANG_MIXED_API_KEY", help="The servers' key.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which experts a server's requests activate, and how evenly; export, merge and draw it."""
+    with reported():
+        from . import experts as command
+
+        statistics = command.gather(sources, reset=reset, api_key=api_key)
+        command.write(statistics, sources, csv=csv, export=export, png=png, api_key=api_key)
+        report = command.describe(statistics, top, layer)
+        print(json.dumps(report, indent=2)) if as_json else command.render(report)
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """An error of ours is one message on stderr and exit status 1; anything else is a bug and keeps its traceback."""
