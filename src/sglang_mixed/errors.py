@@ -11,7 +11,8 @@ MixedPrecisionError
 │   ├── HeaderError         a safetensors header breaks a rule
 │   ├── IndexFileError      the index contradicts the files
 │   ├── TensorMissingError  a tensor that is needed is not in the checkpoint
-│   └── TruncatedFileError  a file ends before its tensors do
+│   ├── TruncatedFileError  a file ends before its tensors do
+│   └── ChangedFileError    a file was written while it was in use
 ├── FormatError           how one module is stored
 │   ├── UnknownFormatError       no registered format explains the tensors
 │   └── InconsistentFormatError  config and tensors contradict each other
@@ -134,6 +135,10 @@ class TensorMissingError(CheckpointError):
 
 class TruncatedFileError(CheckpointError):
     """A file ends before its tensors do."""
+
+
+class ChangedFileError(CheckpointError):
+    """A file was written between the check and the end of the load."""
 
 
 class FormatError(MixedPrecisionError):

@@ -1,14 +1,16 @@
 """One checkpoint folder: headers first, weights on demand."""
 
-from .checkpoint import Checkpoint, join, open_checkpoint
+from .checkpoint import Checkpoint, changed, join, open_checkpoint
 from .header import Entry
-from .reading import Ranges, Read, opened, read_entries, read_entry, read_into
+from .opening import opened
+from .reading import Ranges, Read, read_entries, read_entry, read_into
 
 __all__ = [
     "Checkpoint",
     "Entry",
     "Ranges",
     "Read",
+    "changed",
     "join",
     "open_checkpoint",
     "opened",

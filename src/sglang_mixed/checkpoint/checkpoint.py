@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FormatError, IndexFileError, TensorMissingError, nearest
+from ..errors import ChangedFileError, FormatError, IndexFileError, TensorMissingError, nearest
 from ..formats import Detector, ModuleFormat, get_format
 from .entries import Entries
 from .folder import (
@@ -26,8 +26,9 @@ from .folder import (
 from .fused_experts import slice_experts
 from .header import Entry, read_header
 from .modules import Modules, Tensors
+from .opening import opened, readable
 from .pause import collector_paused
-from .reading import Read, opened, read_entry
+from .reading import Read, read_entry
 
 
 class Checkpoint:
@@ -69,8 +70,8 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the config, the kinds of modules, and every file's name, sizes and number of tensors."""
-        files = [(shard.path.name, shard.data_begin, shard.ends[-1:], len(shard.parts)) for shard in self.shards]
+        """SHA-256 over the config, the kinds of modules, and every file's name, size and header."""
+        files = [(shard.path.name, shard.stamp.size, shard.stamp.header) for shard in self.shards]
         facts = [self.config, self.quantization, self.modules.tensors_of_kinds, files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -127,6 +128,14 @@ class Checkpoint:
         if self._index is not None:
             check_names(self.path, self._index, self._headers)
 
+    def require_unchanged(self) -> None:
+        """Raise ChangedFileError if a file was written since its header was read."""
+        for shard in self.shards:
+            with readable(shard.path):
+                status = shard.path.stat()
+            if (status.st_size, status.st_mtime_ns) != shard.stamp[:2]:
+                raise changed(shard.path)
+
     def _module(self, module: str) -> Tensors:
         tensors = self.modules.get(module)
         if tensors is None:
@@ -159,6 +168,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     with collector_paused():
         return Checkpoint(Path(path))
+
+
+def changed(file: Path) -> ChangedFileError:
+    """The error for a file that was written after it was looked at."""
+    return ChangedFileError(
+        "the file has been written since it was checked",
+        file=file,
+        rule="size and time of the last write stay as they were until the weights are in memory",
+        remedy="wait until nothing writes to the checkpoint, check the map again, and start again",
+    )
 
 
 def _same_rule(_: str) -> int:

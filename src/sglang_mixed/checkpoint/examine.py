@@ -24,12 +24,13 @@ DECODER = json.JSONDecoder(object_pairs_hook=_Pairs)
 
 def examine(path: Path, raw: bytes, data_size: int) -> Places:
     """Every tensor of any valid header; else HeaderError or TruncatedFileError with the tensor and the rule."""
+    if raw[:1] != b"{":
+        _fail(path, None, "the header is not a JSON object", "the header begins with '{'")
     try:
         parsed = json.loads(raw, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         _fail(path, None, f"the header is not JSON: {error}", "the header is one JSON object in UTF-8")
-    if not isinstance(parsed, _Pairs) or raw[0] != 0x7B:
-        _fail(path, None, "the header is not a JSON object", "the header begins with '{'")
+    assert isinstance(parsed, _Pairs)
     names = [name for name, _ in parsed]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

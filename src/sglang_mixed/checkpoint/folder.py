@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import IndexFileError, MissingFileError
 from .header import Shard
-from .json_file import check_fields, is_own_file, read_object, readable
+from .json_file import check_fields, read_object
+from .opening import is_own_file, readable
 
 INDEX = "model.safetensors.index.json"
 #: The one file of a checkpoint without an index; others beside it (adapters, copies) are not the model's.

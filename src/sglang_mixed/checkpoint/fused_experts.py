@@ -154,7 +154,7 @@ def _slice(
             modules.append(f"{module}.{wanted.expert}.{projection}")
             parts.append(alike.setdefault(own, own))
             places.append((position, wanted))
-    return SlicedShard(shard.path, modules, parts, shard.ends, shard.data_begin, shard, places)
+    return SlicedShard(shard.path, modules, parts, shard.ends, shard.data_begin, shard.stamp, shard, places)
 
 
 def _slices(part: Part, tensor: Stored, interleaved: bool) -> Iterator[tuple[str, Slice, Shape]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import HeaderError, MissingFileError, TruncatedFileError
+from ..errors import HeaderError, TruncatedFileError
 from ..formats.base import ITEM_BYTES, TensorInfo
 from .examine import DECODER, Places, examine, is_metadata
+from .opening import opened, readable
 
 #: The safetensors library's own bound.
 MAX_HEADER_BYTES = 100_000_000
@@ -68,6 +70,14 @@ class Part(NamedTuple):
     nbytes: int
 
 
+class Stamp(NamedTuple):
+    """By what a change of a file is noticed: bytes, time of the last write (ns), CRC-32 of the header."""
+
+    size: int
+    modified: int
+    header: int
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file's tensors in the order of their bytes: the module and part of each, and where it ends in the data."""
@@ -77,6 +87,7 @@ class Shard:
     parts: list[Part]
     ends: list[int]
     data_begin: int
+    stamp: Stamp
 
     @cached_property
     def names(self) -> list[str]:
@@ -107,23 +118,19 @@ def read_header(path: Path) -> Shard:
 
     Raises MissingFileError, HeaderError, and TruncatedFileError where the file ends before its tensors do.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise MissingFileError(f"cannot open the file: {error.strerror}", file=path) from error
-    try:
-        size = os.fstat(descriptor).st_size
-        start = os.pread(descriptor, 8, 0)
-        length = _header_length(path, start, size)
-        raw = os.pread(descriptor, length, 8)
-    finally:
-        os.close(descriptor)
+    with opened(path) as descriptor, readable(path):
+        status = os.fstat(descriptor)
+        size = status.st_size
+        start = os.pread(descriptor, 9, 0)
+        length = _header_length(path, start[:8], size)
+        # What is no header is not read whole first: it may be long.
+        raw = os.pread(descriptor, length, 8) if start[8:] == b"{" else start[8:]
     try:
         places = _lay_out(raw, size - 8 - length)
     except (ValueError, RecursionError):
         # Rare and slow: look at tensor after tensor to name the fault (or to find that there is none).
         places = _split(examine(path, raw, size - 8 - length))
-    return Shard(path, *places, 8 + length)
+    return Shard(path, *places, 8 + length, Stamp(size, status.st_mtime_ns, zlib.crc32(raw)))
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
@@ -194,7 +201,7 @@ def _after_metadata(text: str) -> int:
         if not is_metadata(metadata) or text[start : start + 1] != ",":
             raise ValueError
         start += 1
-    if text[0] != "{" or text[start : start + 1] != '"':
+    if text[:1] != "{" or text[start : start + 1] != '"':
         raise ValueError
     return start + 1
 

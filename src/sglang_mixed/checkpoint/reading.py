@@ -6,15 +6,15 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ..errors import MissingFileError, TruncatedFileError
+from ..errors import TruncatedFileError
 from ..formats.base import ITEM_BYTES, TORCH_DTYPES
 from .header import Entry
+from .opening import readable
 
 MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 #: Of each dimension of a tensor, [begin, end).
@@ -39,6 +39,8 @@ class Read(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of what is wanted."""
+        if self.ranges is None and self.entry.view is None:
+            return self.entry.end - self.entry.begin
         return math.prod(self.shape) * ITEM_BYTES[self.entry.dtype]
 
     @property
@@ -57,19 +59,6 @@ class Read(NamedTuple):
         """Whether one reading serves both."""
         view = self.entry.view
         return view is not None and view.step > 1 and self.stored[1:] == other.stored[1:]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A file descriptor for positioned reads."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise MissingFileError(f"cannot open the file: {error.strerror}", file=path) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def read_entry(descriptor: int, path: Path, read: Read, destination: torch.Tensor | None = None) -> torch.Tensor:
@@ -142,7 +131,8 @@ def read_into(descriptor: int, path: Path, name: str, position: int, buffers: Se
     first = 0
     while first < len(left):
         # Linux moves at most 2 GiB a call.
-        count = os.preadv(descriptor, left[first : first + MAX_BUFFERS], position)
+        with readable(path):
+            count = os.preadv(descriptor, left[first : first + MAX_BUFFERS], position)
         if not count and len(left[first]):
             raise TruncatedFileError(
                 f"the file ends at byte {position}, inside a tensor",

@@ -19,8 +19,10 @@ def check_complete(tree: NameTree, base: Checkpoint) -> None:
                 raise _missing(f"{layers}.{number}", f"num_hidden_layers is {count}", base)
             for owner in tree.below(f"{layers}.{number}"):
                 held = tree.below(f"{layers}.{number}.{owner}.experts")
+                if not held or len(held) == experts:
+                    continue
                 absent = next((str(expert) for expert in range(experts) if str(expert) not in held), None)
-                if held and absent is not None:
+                if absent is not None:
                     raise _missing(f"{layers}.{number}.{owner}.experts.{absent}", f"it counts {experts} experts", base)
 
 

@@ -12,7 +12,7 @@ from ..checkpoint.pause import collector_paused
 from ..config import MixedPrecisionMap, load_map, locate
 from .cover import cover
 from .fused import split_notices
-from .plan import Plan, fingerprint
+from .plan import Plan, file_times, fingerprint
 from .resolve import Assignment, assign, default_source, idle_rules, source_at
 from .same_base import Comparison, check_configs, compare_weights, different_base
 from .sixteen_bits import check_16_bits
@@ -60,6 +60,7 @@ def _make(described: MixedPrecisionMap, base: Path | None) -> Plan:
         tuple(warnings),
         fingerprint(described, reference, checkpoints),
         checkpoints,
+        file_times(checkpoints),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint import Checkpoint, join, open_checkpoint
+from ..checkpoint import Checkpoint, changed, join, open_checkpoint
 from ..config import MixedPrecisionMap
 from ..errors import DifferentBaseError, TensorMissingError
 from ..formats import ModuleFormat, TensorInfo, from_json, get_format, to_json
@@ -18,7 +18,9 @@ from .families import model_order
 from .fold import by_template, fold, split_name
 from .rank import ALONE, Rank, RankPlan
 
-_VERSION = 1
+_VERSION = 2
+#: Source -> file name -> [bytes, time of the last write in ns].
+FileTimes = dict[str, dict[str, list[int]]]
 
 
 class PlannedModule(NamedTuple):
@@ -50,7 +52,8 @@ class Row:
 class Plan:
     """What every rank needs to know. `base` is the source whose names and shapes are the model's.
 
-    `fingerprint` is SHA-256 over the map's choices and every used source's config and headers.
+    `fingerprint` is SHA-256 over the map's choices and every used source's config and headers. `files` are the size and
+    time of the last write (ns) of each source's files on this host.
     """
 
     map: MixedPrecisionMap
@@ -60,6 +63,7 @@ class Plan:
     warnings: tuple[str, ...]
     fingerprint: str
     _opened: dict[str, Checkpoint] = field(default_factory=dict, compare=False, repr=False)
+    files: FileTimes = field(default_factory=dict, repr=False)
 
     @property
     def checkpoints(self) -> Mapping[str, Checkpoint]:
@@ -72,8 +76,14 @@ class Plan:
                     rule="a plan holds for the very headers it was made from",
                     remedy="make the plan again",
                 )
+            require_same_files(self.files, opened)
             self._opened.update(opened)
         return self._opened
+
+    def require_unchanged(self) -> None:
+        """Raise ChangedFileError if a file of a source was written since its header was read."""
+        for checkpoint in self.checkpoints.values():
+            checkpoint.require_unchanged()
 
     def source_of(self, tensor: str) -> str:
         """The source of a full tensor name."""
@@ -148,6 +158,7 @@ class Plan:
             "modules": modules,
             "warnings": list(self.warnings),
             "fingerprint": self.fingerprint,
+            "files": self.files,
         }
 
     @classmethod
@@ -165,6 +176,7 @@ class Plan:
             modules,
             tuple(value["warnings"]),
             value["fingerprint"],
+            files=value["files"],
         )
 
 
@@ -174,6 +186,23 @@ def fingerprint(described: MixedPrecisionMap, base: str, checkpoints: Mapping[st
     digests = {name: checkpoint.digest for name, checkpoint in checkpoints.items()}
     facts = json.dumps([_VERSION, described.default, base, rules, digests], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def file_times(checkpoints: Mapping[str, Checkpoint]) -> FileTimes:
+    """What `require_same_files` compares later, in another process of this host."""
+    return {
+        name: {shard.path.name: list(shard.stamp[:2]) for shard in checkpoint.shards}
+        for name, checkpoint in checkpoints.items()
+    }
+
+
+def require_same_files(noted: FileTimes, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise ChangedFileError for a file that is not as it was noted."""
+    found = file_times(checkpoints)
+    for source, files in noted.items():
+        for name, times in files.items():
+            if found.get(source, {}).get(name) != times:
+                raise changed(checkpoints[source].path / name)
 
 
 def bias_bytes(module: PlannedModule, item_bytes: int | None = None) -> int:
@@ -195,4 +224,4 @@ def _total(
     return total
 
 
-__all__ = ["Plan", "PlannedModule", "Row", "TensorInfo", "fingerprint"]
+__all__ = ["FileTimes", "Plan", "PlannedModule", "Row", "TensorInfo", "file_times", "fingerprint", "require_same_files"]
