@@ -17,6 +17,7 @@ LEVELS = [
     {"stream", "plan"},
     {"memory", "experts", "export"},
     {"engine", "torch", "cli"},
+    {"compatibility"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem != "__init__")

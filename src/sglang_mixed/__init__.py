@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import compatibility
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, open_checkpoint
     from .config import MixedPrecisionMap, load_map
+    from .config import MixedPrecisionMap as MixedPrecisionConfig
+    from .engine.python_api import SGLangMixedPrecisionLoader, get_global_true_mixed_precision_loader
+    from .engine.python_api import SGLangMixedPrecisionLoader as TrueMixedPrecisionLoader
     from .engine.statistics import (
         export_expert_activation_stats,
         get_expert_activation_stats,
@@ -17,8 +22,24 @@ if TYPE_CHECKING:
     from .errors import MixedPrecisionError
     from .experts import ExpertActivationTracker
     from .plan import Plan, make_plan
+    from .torch import (
+        DequantizationCache,
+        EnhancedModelLoader,
+        GPTQDequantizer,
+        MixedPrecisionLinear,
+        load_model_with_enhanced_features,
+        load_plan,
+    )
+    from .torch import GPTQDequantizer as SGLangGPTQDequantizer
+    from .torch.devices import (
+        comprehensive_device_fix,
+        fix_moe_device_issues,
+        validate_model_device_consistency,
+    )
+    from .torch.masks import create_proper_attention_mask
 
 _HOMES = {
+    **compatibility.NAMES,
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "MixedPrecisionMap": "config",
@@ -27,6 +48,7 @@ _HOMES = {
     "Plan": "plan",
     "make_plan": "plan",
     "ExpertActivationTracker": "experts",
+    "load_plan": "torch",
     "export_expert_activation_stats": "engine.statistics",
     "get_expert_activation_stats": "engine.statistics",
     "get_global_expert_tracker": "engine.statistics",
@@ -35,18 +57,33 @@ _HOMES = {
 }
 __all__ = [
     "Checkpoint",
+    "DequantizationCache",
+    "EnhancedModelLoader",
     "ExpertActivationTracker",
+    "GPTQDequantizer",
+    "MixedPrecisionConfig",
     "MixedPrecisionError",
+    "MixedPrecisionLinear",
     "MixedPrecisionMap",
     "Plan",
+    "SGLangGPTQDequantizer",
+    "SGLangMixedPrecisionLoader",
+    "TrueMixedPrecisionLoader",
+    "comprehensive_device_fix",
+    "create_proper_attention_mask",
     "export_expert_activation_stats",
+    "fix_moe_device_issues",
     "get_expert_activation_stats",
     "get_global_expert_tracker",
+    "get_global_true_mixed_precision_loader",
     "get_mixed_precision_memory_stats",
     "load_map",
+    "load_model_with_enhanced_features",
+    "load_plan",
     "make_plan",
     "open_checkpoint",
     "reset_expert_activation_stats",
+    "validate_model_device_consistency",
 ]
 
 
@@ -56,4 +93,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    home, _, there = _HOMES[name].partition(":")
+    return getattr(import_module(f".{home}", __name__), there or name)
+
+
+compatibility.install()

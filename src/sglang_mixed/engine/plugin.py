@@ -10,7 +10,18 @@ def register() -> None:
     from sglang.srt.layers.quantization import QUANTIZATION_METHODS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import arguments, cpu_logits, cpu_ops, cpu_parallel, loader, quantization, questions, routes, tracking
+    from . import (
+        arguments,
+        cpu_logits,
+        cpu_ops,
+        cpu_parallel,
+        loader,
+        python_api,
+        quantization,
+        questions,
+        routes,
+        tracking,
+    )
     from .cpu_platform import runs_on_torch_cpu
 
     arguments_path = "sglang.srt.server_args.ServerArgs"
@@ -20,6 +31,7 @@ def register() -> None:
         f"{arguments_path}.add_cli_args": arguments.add_cli_args,
         f"{arguments_path}.from_cli_args": arguments.from_cli_args,
         "sglang.srt.model_loader.loader.get_model_loader": loader.get_model_loader,
+        "sglang.srt.model_loader.loader.DefaultModelLoader.load_model": python_api.load_default,
         "sglang.srt.model_loader.utils.get_model_architecture": loader.get_model_architecture,
         f"{runner_path}.load_model": tracking.load_model,
         f"{runner_path}.forward": tracking.forward,
@@ -33,6 +45,7 @@ def register() -> None:
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": routes.launch_subprocesses,
         "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
         "sglang.srt.utils.common.add_prometheus_middleware": routes.add_prometheus_middleware,
+        "sglang.srt.utils.auth.decide_request_auth": routes.decide_request_auth,
         "uvicorn.run": routes.run_uvicorn,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)

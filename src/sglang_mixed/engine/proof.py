@@ -6,6 +6,7 @@ The files are read a second time for it, after the load and in the background, s
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from ..errors import ProofError
 from ..formats import get_format
 from ..formats.slicing import rebase
 from ..kernels.compressed import CompressedWeight
-from ..memory import ModuleBytes, memory_stats, module_kind
+from ..memory import rank_memory
 from ..plan import Plan, PlannedModule, RankPlan
 from ..stream import ReadLog, sha256, stream
 from .intake import Bias, Intake
@@ -76,21 +77,12 @@ class Proof:
         """The JSON of `GET /mixed_precision`, of this rank."""
         plan, rank = self._plan.plan, self._plan.rank
         planned = [plan.modules[name] for name in self._plan.parts]
-        stats = memory_stats(
-            ModuleBytes(
-                _label(one),
-                module_kind(one.name),
-                self._plan.module_bytes(one.name),
-                self._plan.module_bf16_bytes(one.name),
-            )
-            for one in planned
-        )
         return {
             "base": plan.base,
             "sources": {name: str(path) for name, path in plan.sources.items()},
             "fingerprint": plan.fingerprint,
             "rank": {"tp": rank.tp, "ep": rank.ep, "number": rank.number},
-            **stats,
+            **rank_memory(self._plan),
             "planned_bytes": self._plan.weight_bytes,
             "weight_bytes": self.weight_bytes,
             "padding_bytes": self._stock.padding,
@@ -184,8 +176,9 @@ class Proof:
         except Exception as error:
             self._state = "failed"
             logger.critical("mixed precision: proof failed, ending the server\n%s", error)
-            # What SGLang's own schedulers do: the parent ends the whole process tree on SIGQUIT.
-            os.kill(os.getppid(), signal.SIGQUIT)
+            if multiprocessing.parent_process() is not None:
+                # What SGLang's own schedulers do: the parent ends the whole process tree on SIGQUIT.
+                os.kill(os.getppid(), signal.SIGQUIT)
         self._verify_seconds = time.perf_counter() - started
 
 

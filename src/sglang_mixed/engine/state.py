@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..plan import RankPlan
     from .intake import Place
     from .ledger import Ledger, Line
+    from .loader import MixedPrecisionLoader
     from .proof import Proof
     from .tracking import ExpertTracker
 
@@ -61,6 +62,8 @@ loading: Loading | None = None
 proof: Proof | None = None
 #: What counts the tokens routed to that model's experts; None where nothing is counted.
 tracker: ExpertTracker | None = None
+#: What loaded a mix in this very process, without a server; None in all of a server's.
+loader: MixedPrecisionLoader | None = None
 #: The HTTP process's TokenizerManager, through which it asks the schedulers.
 tokenizer_manager: Any = None
 
