@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
-from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang.srt.utils.auth import AuthDecision, AuthLevel, auth_level
 
 from ..errors import EngineError, ExpertCountsError, MixedPrecisionError, UnsupportedError
 from ..experts import ExpertFormats, nothing_counted, report
+from ..experts.page import page_html
 from . import state
 from .questions import HTTP_SERVER, Question, ask
 from .statistics import add_counts, described_map, export_experts
@@ -58,6 +58,13 @@ def add_prometheus_middleware(original: Callable[[Any], None], app: Any) -> None
         from .metrics import metrics_app
 
         app.routes[-1].app = metrics_app()
+
+
+def decide_request_auth(original: Callable[..., AuthDecision], *, method: str, path: str, **rest: Any) -> AuthDecision:
+    """Hook around the check of API keys: a browser has none for the page, which holds no data and asks for it."""
+    if method == "GET" and path == f"{PREFIX}/page":
+        return AuthDecision(allowed=True)
+    return original(method=method, path=path, **rest)
 
 
 async def mixed_precision(modules: bool = True) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def whole_number(name: str, text: str) -> int:
 
 async def page() -> HTMLResponse:
     """`GET /mixed_precision/page`: all of this to look at."""
-    return HTMLResponse(resources.files("sglang_mixed.experts").joinpath("page.html").read_text(encoding="utf-8"))
+    return HTMLResponse(page_html())
 
 
 async def answer_error(request: Request, error: MixedPrecisionError) -> JSONResponse:
