@@ -15,7 +15,8 @@ MixedPrecisionError
 │   └── ChangedFileError    a file was written while it was in use
 ├── FormatError           how one module is stored
 │   ├── UnknownFormatError       no registered format explains the tensors
-│   └── InconsistentFormatError  config and tensors contradict each other
+│   ├── InconsistentFormatError  config and tensors contradict each other
+│   └── InvalidValueError        NaN, an infinity, a scale that was never filled, a group that does not exist
 ├── PlanError             the sources do not make one model
 │   ├── CoverageError       a parameter that no source holds
 │   ├── ShapeError          a shape that differs from the base model's
@@ -151,6 +152,10 @@ class UnknownFormatError(FormatError):
 
 class InconsistentFormatError(FormatError):
     """A checkpoint's config and its tensors contradict each other."""
+
+
+class InvalidValueError(FormatError):
+    """A value that no weight may have: NaN, an infinity, a scale that was never filled, a group that is none."""
 
 
 class PlanError(MixedPrecisionError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import changed
 from ..checkpoint.folder import quantization_config, read_config
 from ..config import MixedPrecisionMap, load_map, locate
 from ..errors import CheckpointError, EngineError, MapError, MixedPrecisionError, UnsupportedError
@@ -36,21 +37,30 @@ OURS = (
     "mixed_precision_config",
     "allow_different_base",
     "disable_expert_tracking",
+    "verify_values",
     "enable_ep_moe",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What every rank needs to build the same plan; travels as JSON in `model_loader_extra_config`."""
+    """What every rank needs to build the same plan; travels as JSON in `model_loader_extra_config`.
+
+    `written`: when the newest of this node's files was written, in ns.
+    """
 
     map: dict[str, Any]
     base: str
     fingerprint: str
     track_experts: bool = True
+    verify_values: bool = False
+    written: int = 0
 
     def rebuild_plan(self) -> Plan:
-        """The plan, from this process's view of the files. Raises EngineError if they differ from the launcher's."""
+        """The plan, from this process's view of the files.
+
+        Raises EngineError if they differ from the launcher's, ChangedFileError if one was written since.
+        """
         plan = make_plan(MixedPrecisionMap.from_json(self.map), base=self.base)
         if plan.fingerprint != self.fingerprint:
             raise EngineError(
@@ -58,6 +68,8 @@ class Request:
                 rule="every process reads the same map and the same checkpoints",
                 remedy="restart; on several nodes, put the same checkpoint files on each",
             )
+        if self.written and (newest := plan.newest_file())[0] != self.written:
+            raise changed(newest[1])
         return plan
 
 
@@ -71,6 +83,9 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
     )
     group.add_argument(
         "--allow-different-base", action="store_true", help="Mix sources although their 16-bit weights differ."
+    )
+    group.add_argument(
+        "--verify-values", action="store_true", help="Look at every weight while it is loaded, not only at scales."
     )
     group.add_argument(
         "--disable-expert-tracking", action="store_true", help="Do not count the tokens routed to each expert."
@@ -123,7 +138,12 @@ def translate(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[s
     for warning in plan.warnings:
         logger.warning("mixed precision: %s", warning)
     request = Request(
-        described.to_json(), base, plan.fingerprint, track_experts=not arguments.get("disable_expert_tracking")
+        described.to_json(),
+        base,
+        plan.fingerprint,
+        track_experts=not arguments.get("disable_expert_tracking"),
+        verify_values=bool(arguments.get("verify_values")),
+        written=plan.newest_file()[0],
     )
     extra = json.loads(arguments.get("model_loader_extra_config") or "{}")
     return overrides | {
@@ -133,19 +153,6 @@ def translate(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[s
     }
 
 
-def _from_sections(
-    described: MixedPrecisionMap, arguments: Mapping[str, Any], explicit: Collection[str]
-) -> dict[str, Any]:
-    overrides = {}
-    for (section, key), name in ARGUMENTS.items():
-        value = getattr(getattr(described, section), key)
-        if value is None or (key == "device_map" and value == "auto"):
-            continue
-        if name in explicit:
-            flag = "--" + name.replace("_", "-")
-            logger.warning(
-                "mixed precision: %s %s wins over the map's %s.%s: %s", flag, arguments[name], section, key, value
-            )
 def _map_path(arguments: Mapping[str, Any]) -> Path | None:
     """The map, or the exported mix that needs none; None for a model that is served as it is."""
     path = arguments.get("mixed_precision_config")
@@ -175,6 +182,19 @@ def _exported_mix(model_path: object) -> Path | None:
     return folder if quantization.get("quant_method") == METHOD else None
 
 
+def _from_sections(
+    described: MixedPrecisionMap, arguments: Mapping[str, Any], explicit: Collection[str]
+) -> dict[str, Any]:
+    overrides = {}
+    for (section, key), name in ARGUMENTS.items():
+        value = getattr(getattr(described, section), key)
+        if value is None or (key == "device_map" and value == "auto"):
+            continue
+        if name in explicit:
+            flag = "--" + name.replace("_", "-")
+            logger.warning(
+                "mixed precision: %s %s wins over the map's %s.%s: %s", flag, arguments[name], section, key, value
+            )
         else:
             overrides[name] = value
     return overrides

@@ -48,7 +48,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         ledger = Ledger()
         self._stock = StockParameters(plan, ledger)
         proof = Proof(plan, self._stock, self._log)
-        state.loading = state.Loading(plan, ledger, proof)
+        state.loading = state.Loading(plan, ledger, proof, self._request.verify_values)
         threads = torch.get_num_threads()
         # The readers have a core to themselves; an operator that waits for one more thread there waits long.
         torch.set_num_threads(max(1, threads - 1))
@@ -57,6 +57,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         finally:
             state.loading = None
             torch.set_num_threads(threads)
+        plan.plan.require_unchanged()
         proof.derived_bytes = derive_latent_weights(model)
         proof.complete(model, time.perf_counter() - started)
         state.proof = proof
@@ -68,12 +69,14 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self._stock.watch(model)
         reads = list(loading.plan.reads())
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
-        for name, tensor in progress(stream(reads, self._log, loading.destination), total):
-            given = loading.deliver(name, tensor)
-            if given is None:
-                continue
-            self._stock.give(name, given)
-            yield name, given
+        # On a CPU the reading threads pack; an accelerator's streams and current device are this thread's.
+        by_readers = [loading.deliver] if runs_on_torch_cpu() else []
+        with progress(total) as self._log.advance:
+            for name, tensor in stream(reads, self._log, loading.destination, *by_readers):
+                given = tensor if by_readers else loading.deliver(name, tensor)
+                if given is not None:
+                    self._stock.give(name, given)
+                    yield name, given
 
     def load_weights_and_postprocess(self, model: Any, weights: Any, target_device: torch.device) -> None:
         """As SGLang's, with a look at the model between its `load_weights` and the kernels that repack."""

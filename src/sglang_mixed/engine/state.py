@@ -9,6 +9,7 @@ import torch
 
 from ..errors import EngineError
 from ..formats.base import TORCH_DTYPES
+from ..plan.values import check_planned
 
 if TYPE_CHECKING:
     from ..checkpoint import Read
@@ -27,6 +28,8 @@ class Loading:
     plan: RankPlan
     ledger: Ledger
     proof: Proof
+    #: Whether every weight is looked at for values that no weight may have; scales are in any case.
+    verify_values: bool = False
     #: Full checkpoint name -> what waits for the tensor; all others go through SGLang's own loaders.
     places: dict[str, tuple[Line, Place]] = field(default_factory=dict)
     _partial: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Loading:
 
     def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Give a tensor to its place; where there is none, what SGLang's loaders are to be given."""
+        check_planned(self.plan.plan, name, tensor, everything=self.verify_values)
         if name not in self.places:
             return self._partial.pop(name, tensor)
         line, place = self.places.pop(name)

@@ -85,6 +85,11 @@ class Plan:
         for checkpoint in self.checkpoints.values():
             checkpoint.require_unchanged()
 
+    def newest_file(self) -> tuple[int, Path]:
+        """Time of the last write (ns) of the file that was written last; its size and header are in `fingerprint`."""
+        shards = [shard for checkpoint in self.checkpoints.values() for shard in checkpoint.shards]
+        return max((shard.stamp.modified, shard.path) for shard in shards)
+
     def source_of(self, tensor: str) -> str:
         """The source of a full tensor name."""
         module = self.modules.get(tensor.rpartition(".")[0])
