@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .formats import get_format
+from .plan import RankPlan
+from .plan.size import stored
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleBytes:
-    """One module's share: its format's label, its kind (attention, experts, ...), its bytes, and those of 16 bits."""
+    """A module's share: its format's label, its kind (attention, experts, ...), its bytes, and those of 16 bits.
+
+    `count` modules have the same.
+    """
 
     format: str
     kind: str
     nbytes: int
     bf16_bytes: int
+    count: int = 1
+
+
+def rank_memory(rank: RankPlan) -> dict[str, Any]:
+    """`memory_stats` of what one rank holds."""
+    modules = rank.plan.modules
+    # What a rank holds of alike modules is one value: those are few.
+    counts: Counter[tuple[int, int, str | None, str]] = Counter()
+    examples: dict[tuple[int, int, str | None, str], str] = {}
+    for name, part in rank.parts.items():
+        module = modules[name]
+        key = id(part), id(module.format), module.bias, module_kind(name)
+        counts[key] += 1
+        examples[key] = name
+    return memory_stats(_share(rank, examples[key], key[3], count) for key, count in counts.items())
+
+
+def rank_reads(rank: RankPlan) -> int:
+    """Bytes that one rank reads of the files."""
+    parts = rank.parts.values()
+    counts = Counter(map(id, parts))
+    formats = {id(part): part.format for part in parts}
+    biases = sum(rank.bias_bytes(name) for name in rank.parts if rank.plan.modules[name].bias)
+    return sum(count * stored(formats[part]) for part, count in counts.items()) + biases
+
+
+def _share(rank: RankPlan, name: str, kind: str, count: int) -> ModuleBytes:
+    stored = rank.plan.modules[name].format
+    label = get_format(stored.name).label(stored.parameters)
+    return ModuleBytes(label, kind, rank.module_bytes(name), rank.module_bf16_bytes(name), count)
 
 
 def memory_stats(modules: Iterable[ModuleBytes]) -> dict[str, Any]:
@@ -31,9 +69,9 @@ def memory_stats(modules: Iterable[ModuleBytes]) -> dict[str, Any]:
             by_both.setdefault(module.format, {}).setdefault(module.kind, dict(nothing)),
             total,
         ):
-            totals["modules"] += 1
-            totals["bytes"] += module.nbytes
-            totals["bf16_bytes"] += module.bf16_bytes
+            totals["modules"] += module.count
+            totals["bytes"] += module.count * module.nbytes
+            totals["bf16_bytes"] += module.count * module.bf16_bytes
     return {
         "weight_bytes": total["bytes"],
         "bf16_bytes": total["bf16_bytes"],
@@ -59,7 +97,9 @@ _KINDS = {
 
 def module_kind(name: str) -> str:
     """experts, router, norm, attention, mlp, embedding, lm_head or other, from a module's name."""
-    parts = name.split(".")
-    if parts[-1].endswith("norm"):
+    if name.endswith("norm"):
         return "norm"
+    if ".experts." in name:
+        return "experts"
+    parts = name.split(".")
     return next((kind for kind, marks in _KINDS.items() if any(mark in parts for mark in marks)), "other")

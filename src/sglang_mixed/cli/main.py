@@ -45,7 +45,47 @@ def check(
     with reported():
         from .check import describe, render
 
-        report = describe(map_path, model_path, allow_different_base=allow_different_base, tp=tp, ep=ep)
+        report = describe(
+            map_path,
+            model_path,
+            allow_different_base=allow_different_base,
+            tp=tp,
+            ep=ep,
+            verify_values=verify_values,
+        )
+        print(json.dumps(report, indent=2)) if as_json else render(report)
+
+
+@app.command()
+def size(
+    map_path: Annotated[Path, typer.Argument(metavar="MAP", help="The YAML map, or a checkpoint folder.")],
+    model_path: Annotated[str | None, typer.Option(help="The base model, as given to SGLang.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks, a divisor of --tp.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of one GPU in GiB.")] = 80,
+    mem_fraction_static: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="As given to SGLang; without it, SGLang's own rule.")
+    ] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As given to SGLang: auto, bf16, fp8_e4m3, fp8_e5m2.")] = "auto",
+    allow_different_base: Annotated[
+        bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what every rank will hold and read, to the byte, and how many tokens of cache fit beside it."""
+    with reported():
+        from .size import describe, render
+
+        report = describe(
+            map_path,
+            model_path,
+            tp=tp,
+            ep=ep,
+            gpu_memory=gpu_memory,
+            mem_fraction_static=mem_fraction_static,
+            kv_cache_dtype=kv_cache_dtype,
+            allow_different_base=allow_different_base,
+        )
         print(json.dumps(report, indent=2)) if as_json else render(report)
 
 

@@ -95,8 +95,11 @@ class RankPlan:
 
     def module_bytes(self, name: str) -> int:
         """Bytes of one module's part, its bias included."""
-        part, module = self.parts[name], self.plan.modules[name]
-        return resident(part.format) + (_height(part) * item_bytes(module.bias) if module.bias else 0)
+        return resident(self.parts[name].format) + self.bias_bytes(name)
+
+    def bias_bytes(self, name: str) -> int:
+        """Bytes of the bias of one module's part."""
+        return _height(self.parts[name]) * item_bytes(self.plan.modules[name].bias)
 
     def module_bf16_bytes(self, name: str) -> int:
         """Bytes that the part would take in 16 bits."""
@@ -107,6 +110,8 @@ class RankPlan:
     def reads(self) -> Iterator[tuple[str, Path, list[Read]]]:
         """(source, file, tensors in the order of the file) of exactly what the rank needs, bytes it lacks left out."""
         wanted: dict[str, dict[str, Ranges | None]] = {}
+        for checkpoint in self.plan.checkpoints.values():
+            checkpoint.check_index()
         for name, part in self.parts.items():
             module = self.plan.modules[name]
             ranges = _ranges(module, part)
