@@ -160,17 +160,14 @@ def _refusal(error: HTTPError, url: str) -> EngineError:
     if error.code in (401, 403):
         return EngineError("the server asks for an API key", file=url, remedy="give the right one with --api-key")
     try:
-        said = json.load(error)["detail"]
+        return EngineError(json.load(error)["error"], file=url)
     except (ValueError, KeyError, TypeError, OSError):
-        said = None
-    if said not in (None, "Not Found"):
-        return EngineError(str(said), file=url)
-    return EngineError(
-        f"no expert statistics at this address: HTTP {error.code}",
-        file=url,
-        rule=f"GET {_ROUTE} is served by SGLang started with --enable-mixed-precision",
-        remedy="check the address, and that the server was started with the map",
-    )
+        return EngineError(
+            f"no expert statistics at this address: HTTP {error.code}",
+            file=url,
+            rule=f"GET {_ROUTE} is served by SGLang started with --enable-mixed-precision",
+            remedy="check the address, and that the server was started with the map",
+        )
 
 
 def write(

@@ -17,7 +17,7 @@ async function ask(path) {
   const key = sessionStorage.getItem(KEY);
   const answer = await fetch(path, { cache: "no-store", headers: key ? { Authorization: `Bearer ${key}` } : {} });
   if (answer.status === 401 || answer.status === 403) throw new Refused();
-  if (!answer.ok) throw new Error(`the server answers ${answer.status}: ${(await answer.text()).slice(0, 300)}`);
+  if (!answer.ok) throw new Error(`HTTP ${answer.status}, ${(await answer.text()).slice(0, 300)}`);
   return answer;
 }
 
@@ -65,7 +65,7 @@ function fail(error) {
   page.away ||= Date.now();
   document.body.dataset.stale = "";
   setStatus("away", "no answer");
-  const what = error instanceof TypeError ? "The server does not answer" : `No report: ${error.message}`;
+  const what = error instanceof TypeError ? "The server does not answer" : `The server has no report: ${error.message}`;
   notice(`${what} (since ${new Date(page.away).toLocaleTimeString("en-GB")}). Asking again every ${PERIOD / 1000} s; what you see is the last answer.`);
 }
 
