@@ -153,8 +153,7 @@ def fill(plan: RankPlan, build: Callable[[], T]) -> T:
     """Build layers of ours and deliver everything they wait for, as the loader does."""
     with loading(plan) as current:
         built = build()
-        for name, tensor in stream(list(plan.reads()), ReadLog(), current.destination):
-            if name in current.places:
-                current.deliver(name, tensor)
+        for _ in stream(list(plan.reads()), ReadLog(), current.destination, current.deliver):
+            pass
         current.ledger.close()
     return built

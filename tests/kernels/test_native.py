@@ -170,17 +170,20 @@ def test_words_end_where_they_end(library: None, out: int, columns: int, order: 
     }[order]
     words = before_a_wall((groups_of_eight << 4 * torch.arange(8)).sum(-1).to(torch.int32))
     place = before_a_wall(torch.randperm(columns, generator=GENERATOR).to(torch.int32)) if with_place else None
-    nibbles = native.pack_nibbles(words, order, (out, columns), place)
+    nibbles = torch.empty(out, columns // 2, dtype=torch.uint8)
+    native.pack_nibbles(words, order, nibbles, place)
     assert torch.equal(nibbles, tiled(codes if place is None else codes[:, place.argsort()]))
     back = before_a_wall(torch.zeros_like(words))
-    native.unpack_nibbles(before_a_wall(nibbles), order, (out, columns), place, back)
+    native.unpack_nibbles(before_a_wall(nibbles), order, back, place)
     assert torch.equal(back, words)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 48), (17, 33), (40, 16)])
 def test_words_turn_to_their_last_one(library: None, rows: int, columns: int) -> None:
     words = torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int32, generator=GENERATOR)
-    assert torch.equal(native.turn_words(before_a_wall(words), 0x80808080), words.t() ^ (0x80808080 - 2**32))
+    turned = torch.empty(words.shape[::-1], dtype=torch.int32)
+    native.turn_words(before_a_wall(words), 0x80808080, turned)
+    assert torch.equal(turned, words.t() ^ (0x80808080 - 2**32))
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 
-def progress(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass tensors through while a bar on stderr shows how many of `total` bytes are read."""
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that shows how many of `total` bytes are read; tell it of each further number of bytes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -20,7 +21,4 @@ def progress(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterato
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("mixed precision: loading", total=total)
-        for name, tensor in tensors:
-            size = tensor.nbytes
-            yield name, tensor
-            bar.advance(task, size)
+        yield lambda nbytes: bar.advance(task, nbytes)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -54,6 +54,22 @@ class LinearKernel(Protocol):
     ) -> torch.Tensor:
         """x [rows, in] (bf16, fp16 or fp32) -> [rows, out] in x's dtype; `bias` only where it takes one."""
         ...
+
+
+class Conversion(NamedTuple):
+    """One checkpoint tensor's way to its resident form, for which the weight's others need not be there.
+
+    A kernel offers it as `converts(format) -> Conversion | None`; its `pack` then finds the resident tensor among the
+    checkpoint's, in place of the other.
+    """
+
+    source: str
+    #: Its rows follow those of the weight.
+    resident: str
+    #: Where a part of the rows may begin: at multiples of it.
+    unit: int
+    #: (tensor of a part, the part's format, its rows of the resident tensor)
+    convert: Callable[[torch.Tensor, ModuleFormat, torch.Tensor], None]
 
 
 class FileLayout:

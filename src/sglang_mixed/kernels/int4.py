@@ -15,7 +15,7 @@ from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
 from ..formats.bit_stream import unpack
 from . import native
-from .base import Layout, Tensors, aligned, owned
+from .base import Conversion, Layout, Tensors, aligned, owned
 from .four_bits import BITS, FourBits, four_bits
 from .implied import implied, without_implied
 from .nibbles import TILE, layout_is_known, pack_words, rows_of_halves, signed_halves, tiles, unpack_words
@@ -52,6 +52,11 @@ class Int4:
             layout["permutation"] = (torch.int32, (columns,))
         return layout
 
+    def converts(self, format: ModuleFormat) -> Conversion | None:
+        """The words to nibbles, where no act-order decides their places."""
+        bits = _view(format)
+        return None if bits.g_idx else Conversion(bits.codes, "nibbles", TILE, _convert)
+
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """Reorder the nibbles; what the parameters imply is checked, then left out."""
         kept, bits, place = without_implied(tensors, format), _view(format), None
@@ -59,7 +64,11 @@ class Int4:
         if bits.g_idx:
             resident["permutation"] = sorting(kept[bits.g_idx], bits.group_size, bits.g_idx)
             place = inverse(resident["permutation"])
-        resident["nibbles"] = pack_words(kept[bits.codes], bits.order, format.shape, place)
+        if "nibbles" in kept:
+            resident["nibbles"] = kept["nibbles"]
+        else:
+            resident["nibbles"] = torch.empty(format.shape[0], format.shape[1] // 2, dtype=torch.uint8)
+            pack_words(kept[bits.codes], bits.order, resident["nibbles"], place)
         resident["scales"] = owned(bits.scales_of(kept))
         if (zeros := bits.zeros_of(kept)) is not None:
             resident["zeros"] = owned(zeros)
@@ -92,6 +101,10 @@ def _view(format: ModuleFormat) -> FourBits:
     bits = four_bits(format)
     assert bits is not None, "ask `takes` first"
     return bits
+
+
+def _convert(words: torch.Tensor, format: ModuleFormat, nibbles: torch.Tensor) -> None:
+    pack_words(words, _view(format).order, nibbles)
 
 
 def _by_op(x: torch.Tensor, resident: Mapping[str, torch.Tensor], offset: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
-from .base import Layout, Tensors, owned
+from .base import Conversion, Layout, Tensors, owned
 from .compiled import available
 from .implied import implied, without_implied
 from .int8 import MAX_COLUMNS, integers_are_exact, multiply
@@ -61,10 +61,16 @@ class Int8Words:
         }
         return {**layout, "permutation": (torch.int32, (columns,))} if p.act_order else layout
 
+    def converts(self, format: ModuleFormat) -> Conversion | None:
+        """The words to octets, where no act-order decides their places."""
+        return None if format.parameters.act_order else Conversion(NAMES[format.name].words, "weight", 1, _convert)
+
     def pack(self, tensors: Mapping[str, torch.Tensor], format: ModuleFormat) -> Tensors:
         """Words to octets; what the parameters imply is checked, then left out."""
         kept, names = without_implied(tensors, format), NAMES[format.name]
-        weight = _flipped(kept[names.words], names).view(torch.int8)
+        weight = kept.get("weight")
+        if weight is None:
+            weight = _flipped(kept[names.words], names).view(torch.int8)
         resident = {"weight": weight, "scales": owned(_turned(kept[names.scales], names))}
         if format.parameters.act_order:
             resident["permutation"] = sorting(kept[names.g_idx], format.parameters.group_size, names.g_idx)
@@ -89,12 +95,23 @@ class Int8Words:
         return multiply(x, resident["weight"], resident["scales"], format.parameters.group_size)
 
 
+def _convert(words: torch.Tensor, format: ModuleFormat, octets: torch.Tensor) -> None:
+    _flip(words, NAMES[format.name], octets.view(torch.int32))
+
+
 def _turned(tensor: torch.Tensor, names: _Names) -> torch.Tensor:
     return tensor.t().contiguous() if names.turned else tensor.contiguous()
 
 
 def _flipped(words: torch.Tensor, names: _Names) -> torch.Tensor:
     """int32 words turned, and the sign bit of each of their octets: to and from an offset of 128."""
+    flipped = torch.empty(words.shape[::-1] if names.turned else words.shape, dtype=torch.int32)
+    _flip(words, names, flipped)
+    return flipped
+
+
+def _flip(words: torch.Tensor, names: _Names, flipped: torch.Tensor) -> None:
     if names.turned and available():
-        return turn_words(words.contiguous(), OFFSETS)
-    return _turned(words, names).bitwise_xor(OFFSETS - (1 << 32))
+        turn_words(words.contiguous(), OFFSETS, flipped)
+    else:
+        torch.bitwise_xor(words.t() if names.turned else words, OFFSETS - (1 << 32), out=flipped)

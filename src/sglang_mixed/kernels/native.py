@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -192,31 +191,26 @@ def _product(name: str, weight: ctypes.Structure, x: torch.Tensor, out: int, uni
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def pack_nibbles(words: torch.Tensor, order: str, shape: Sequence[int], place: torch.Tensor | None) -> torch.Tensor:
-    """A format's int32 words of a weight [out, in] -> nibbles uint8 [out, in/2] in torch's layout.
+def pack_nibbles(words: torch.Tensor, order: str, nibbles: torch.Tensor, place: torch.Tensor | None) -> None:
+    """A format's int32 words to nibbles uint8 [out, in/2] in torch's layout.
 
     `order` names the format; column k comes to lie where column place[k] would, int32 [in].
     """
-    nibbles = torch.empty(shape[0], shape[1] // 2, dtype=torch.uint8)
-    _pack("nibbles_pack", words, nibbles, order, shape, place)
-    return nibbles
+    _pack("nibbles_pack", words, nibbles, order, place)
 
 
-def unpack_nibbles(
-    nibbles: torch.Tensor, order: str, shape: Sequence[int], place: torch.Tensor | None, words: torch.Tensor
-) -> None:
+def unpack_nibbles(nibbles: torch.Tensor, order: str, words: torch.Tensor, place: torch.Tensor | None) -> None:
     """The inverse, to `words`."""
-    _pack("nibbles_unpack", words, nibbles, order, shape, place)
+    _pack("nibbles_unpack", words, nibbles, order, place)
 
 
-def turn_words(words: torch.Tensor, mask: int) -> torch.Tensor:
-    """int32 [rows, columns] -> [columns, rows], each word exclusive-or `mask`."""
+def turn_words(words: torch.Tensor, mask: int, turned: torch.Tensor) -> None:
+    """int32 [rows, columns] to `turned` [columns, rows], each word exclusive-or `mask`."""
     rows, columns = words.shape
-    assert words.is_contiguous() and words.dtype == torch.int32
-    turned = torch.empty(columns, rows, dtype=torch.int32)
+    assert words.is_contiguous() and turned.is_contiguous() and words.dtype == turned.dtype == torch.int32
+    assert turned.shape == (columns, rows)
     job = _Turning(words.data_ptr(), turned.data_ptr(), rows, columns, mask)
     run("words_turn", ctypes.byref(job), 0, columns, LANES, rows)
-    return turned
 
 
 def has_nan(codes: torch.Tensor) -> bool:
@@ -225,10 +219,8 @@ def has_nan(codes: torch.Tensor) -> bool:
     return run("find_nan", codes.data_ptr(), 0, codes.numel(), 1, 1)
 
 
-def _pack(
-    name: str, words: torch.Tensor, nibbles: torch.Tensor, order: str, shape: Sequence[int], place: torch.Tensor | None
-) -> None:
-    out, columns = shape
+def _pack(name: str, words: torch.Tensor, nibbles: torch.Tensor, order: str, place: torch.Tensor | None) -> None:
+    out, columns = nibbles.shape[0], nibbles.shape[1] * 2
     assert words.nbytes == nibbles.nbytes == out * columns // 2 and out % 16 == 0 and columns % 8 == 0
     assert words.is_contiguous() and nibbles.is_contiguous()
     assert place is None or (place.dtype == torch.int32 and place.is_contiguous() and len(place) == columns)

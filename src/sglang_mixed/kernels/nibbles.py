@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 
 from ..formats.awq import ORDER, unpack_columns
-from ..formats.base import Shape
 from ..formats.bit_stream import unpack
 from .compiled import available
 from .native import pack_nibbles, unpack_nibbles
@@ -24,21 +23,20 @@ TILE = 64
 ROWS_AT_ONCE = 8 * TILE
 
 
-def pack_words(words: torch.Tensor, order: str, shape: Shape, place: torch.Tensor | None) -> torch.Tensor:
-    """int32 words of a format of four bits (`order`, [out, in]) -> nibbles uint8 [out, in/2] in torch's layout.
+def pack_words(words: torch.Tensor, order: str, nibbles: torch.Tensor, place: torch.Tensor | None = None) -> None:
+    """int32 words of a format of four bits (`order`) to nibbles uint8 [out, in/2] in torch's layout.
 
     Column k comes to lie where column place[k] would, int32 [in].
     """
+    rows = nibbles.shape[0]
     if available() and layout_is_known():
-        return pack_nibbles(words.contiguous(), order, shape, place)
-    rows, columns = shape
-    nibbles = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        pack_nibbles(words.contiguous(), order, nibbles, place)
+        return
     sorting = None if place is None else torch.argsort(place)
     for low, high in spans(0, rows, ROWS_AT_ONCE):
         codes = _codes(words, order, low, high)
         codes = codes if sorting is None else codes[sorting]
         nibbles[low:high] = torch._convert_weight_to_int4pack_for_cpu(codes.t().to(torch.int32).contiguous(), 1)
-    return nibbles
 
 
 def unpack_words(nibbles: torch.Tensor, order: str, place: torch.Tensor | None) -> torch.Tensor:
@@ -48,7 +46,7 @@ def unpack_words(nibbles: torch.Tensor, order: str, place: torch.Tensor | None) 
     turned = columns // along_in, rows // along_out
     words = torch.empty(turned[::-1] if order == "packed" else turned, dtype=torch.int32)
     if available() and layout_is_known():
-        unpack_nibbles(nibbles, order, (rows, columns), place, words)
+        unpack_nibbles(nibbles, order, words, place)
         return words
     for low, high in tiles(rows):
         codes = decode_rows(nibbles, low, high)
