@@ -13,13 +13,23 @@ from rich.text import Text
 
 from ..plan import Rank, make_plan
 from ..plan.fold import fold
+from ..plan.values import verify_values as read_values
 
 
 def describe(
-    map_path: Path, model_path: str | None = None, *, allow_different_base: bool = False, tp: int = 1, ep: int = 1
+    map_path: Path,
+    model_path: str | None = None,
+    *,
+    allow_different_base: bool = False,
+    tp: int = 1,
+    ep: int = 1,
+    verify_values: bool = False,
 ) -> dict[str, Any]:
-    """Everything the table shows, as JSON values; bytes are exact."""
+    """Everything the table shows, as JSON values; bytes are exact. `verify_values` reads all weights."""
     plan = make_plan(map_path, base=model_path, allow_different_base=allow_different_base)
+    for checkpoint in plan.checkpoints.values():
+        checkpoint.check_index()
+    verified = read_values(plan) if verify_values else 0
     ranks = [plan.rank(Rank(tp, ep, number)) for number in range(tp)]
     torn = fold(dict.fromkeys(name for rank in ranks for name in rank.torn))
     return {
@@ -35,6 +45,7 @@ def describe(
         "tp": tp,
         "ep": ep,
         "file_bytes": plan.file_bytes,
+        "verified_bytes": verified,
         "bf16_bytes": plan.bf16_bytes,
         "warnings": list(plan.warnings),
         "fingerprint": plan.fingerprint,
@@ -63,6 +74,8 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
             highlight=False,
         )
     console.print(f"to read from disk: {human(report['file_bytes'])}", highlight=False)
+    if report["verified_bytes"]:
+        console.print(f"values verified: {human(report['verified_bytes'])}", highlight=False)
     warnings = list(report["warnings"])
     if torn := report["torn"]:
         more = f", and {len(torn) - 3} more" if len(torn) > 3 else ""
