@@ -39,9 +39,12 @@ def check(
     allow_different_base: Annotated[
         bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
     ] = False,
+    verify_values: Annotated[
+        bool, typer.Option("--verify-values", help="Read every weight and refuse NaN, infinities and unfilled scales.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Resolve a map and check everything that can be checked without an engine; no weight is loaded."""
+    """Resolve a map and check everything that can be checked without an engine; no weight is kept."""
     with reported():
         from .check import describe, render
 
