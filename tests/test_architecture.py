@@ -15,7 +15,7 @@ LEVELS = [
     {"formats"},
     {"config", "checkpoint", "kernels"},
     {"stream", "plan"},
-    {"memory", "experts", "export"},
+    {"memory", "experts", "export", "preflight"},
     {"engine", "torch", "cli"},
     {"compatibility"},
 ]

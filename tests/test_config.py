@@ -143,7 +143,7 @@ def test_every_fault_is_one_error_with_its_line(
 
 
 def test_a_missing_map_and_one_that_is_no_text(folder: Path) -> None:
-    with pytest.raises(MissingFileError, match="no such map file"):
+    with pytest.raises(MissingFileError, match="mixed precision config file does not exist"):
         load_map(folder / "gone.yaml")
     (folder / "map.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(MapSyntaxError, match="UTF-8"):

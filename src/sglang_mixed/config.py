@@ -123,6 +123,10 @@ def load_map(path: str | Path) -> MixedPrecisionMap:
     file = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links, and relative paths mean this folder
     if file.is_dir():
         return MixedPrecisionMap(file, {"checkpoint": file})
+    if not file.exists():
+        raise MissingFileError(
+            f"mixed precision config file does not exist: {path}", file=file, remedy="give the path of a YAML map"
+        )
     document = read_yaml(file)
     parsed = _validate(document)
     mixed = parsed.mixed_precision

@@ -50,7 +50,7 @@ def read_yaml(file: Path) -> Document:
 
 def _read_text(file: Path) -> str:
     if not file.is_file():
-        raise MissingFileError("no such map file", file=file, remedy="give the path of a YAML map")
+        raise MissingFileError("the map is not a file", file=file, remedy="give the path of a YAML map")
     if file.stat().st_size > MAX_BYTES:
         raise MapSyntaxError("the map is too large", file=file, rule=f"at most {MAX_BYTES >> 20} MiB")
     try:

@@ -111,6 +111,42 @@ def export(
         print(json.dumps(report, indent=2)) if as_json else render(report)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("-m", "--model", "--model-path", help="The base model: a folder or hub name.")],
+    map_path: Annotated[
+        Path | None, typer.Option("-c", "--mixed-precision-config", help="The YAML map; without one, plain SGLang.")
+    ] = None,
+    tp: Annotated[int | None, typer.Option("-t", "--tp", "--tp-size", "--tensor-parallel-size", min=1)] = None,
+    dp: Annotated[int | None, typer.Option("-d", "--dp", "--dp-size", "--data-parallel-size", min=1)] = None,
+    ep: Annotated[int | None, typer.Option("-e", "--ep", "--ep-size", "--expert-parallel-size", min=1)] = None,
+    address: Annotated[str | None, typer.Option("-a", "--address", metavar="HOST:PORT", help="Listen here.")] = None,
+    host: Annotated[str | None, typer.Option(help="As in --address.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="As in --address.")] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes over which the ranks are spread.")] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="This node's number.")] = None,
+    dist_init_addr: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Instead of the node's number: its first rank.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="With --rank; as a rule the node's GPUs.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="With --rank: must be tp × dp.")] = None,
+    enable: Annotated[bool, typer.Option("--enable-mixed-precision", help="Said by the map already.")] = False,
+    ask: Annotated[bool, typer.Option("--test", help="Start, ask one question, check the proof, stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print SGLang's command line instead.")] = False,
+) -> None:
+    """Start SGLang's server, with a map or without; flags that are not listed here are SGLang's own."""
+    with reported():
+        from . import serve as command
+
+        if address is not None:
+            host, port = command.parse_address(address)
+        flags = (*(("--enable-mixed-precision",) if enable and map_path is None else ()), *context.args)
+        launch = command.Launch(model, map_path, tp, dp, ep, host, port, nnodes, node_rank, dist_init_addr, flags)
+        if rank is not None:
+            launch = command.placed(launch, rank, ranks_per_node, world_size)
+        command.run(launch, ask=ask, dry_run=dry_run)
+
+
 @app.command()
 def proof(
     url: Annotated[str, typer.Argument(metavar="URL", help="A running server, e.g. http://127.0.0.1:30000")],

@@ -17,6 +17,7 @@ from ..config import MixedPrecisionMap, load_map, locate
 from ..errors import CheckpointError, EngineError, MapError, MixedPrecisionError, UnsupportedError
 from ..formats.mix import METHOD
 from ..plan import Plan, make_plan
+from ..preflight import available_devices, check_address, check_devices
 from .unsupported import refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -107,11 +108,20 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     """Hook around `ServerArgs.from_cli_args`. An error of ours ends the process with its message and status 1."""
     try:
         overrides = translate(vars(args), getattr(args, "explicit_arguments", set()))
+        if "quantization" in overrides:
+            _check_host(argparse.Namespace(**vars(args) | overrides))
     except MixedPrecisionError as error:
         raise SystemExit(f"sglang-mixed: error: {error}") from None
     for name, value in overrides.items():
         setattr(args, name, value)
     return original(args) if getattr(original, "__self__", None) is not None else original(cls, args)
+
+
+def _check_host(args: argparse.Namespace) -> None:
+    """What would end the start after minutes of loading."""
+    on_accelerators = args.device != "cpu" and not args.enable_dp_attention
+    check_devices(args.tp_size, args.dp_size, args.nnodes, available_devices() if on_accelerators else None)
+    check_address(args.host, args.port)
 
 
 def engine_arguments(server_args_class: Callable[..., Any]) -> Callable[..., Any]:
