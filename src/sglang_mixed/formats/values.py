@@ -5,6 +5,8 @@ Every one of them is a number to a kernel, and the model goes on answering.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..errors import InvalidValueError
@@ -65,8 +67,9 @@ def _check_scale(local: str, scale: torch.Tensor) -> None:
     _check_finite(local, scale)
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):  # powers of two, of which none is zero
         return
-    values = scale.flatten().float()
-    if not values.count_nonzero() or bool((values == UNFILLED).any()):
+    low, high = _range(scale, local)
+    # No finite number is less than UNFILLED.
+    if low == high == 0 or low == UNFILLED:
         raise InvalidValueError(
             "the scales were never filled: all are zero, or some are what engines put in place of one",
             tensor=local,
@@ -104,8 +107,12 @@ def _is_finite(part: torch.Tensor, local: str) -> bool:
     if not part.is_floating_point():
         return True
     # NaN goes through both, and an infinity is one of them.
+    return all(map(math.isfinite, _range(part, local)))
+
+
+def _range(part: torch.Tensor, local: str) -> tuple[float, float]:
     low, high = _as_float(part, local).aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return low.item(), high.item()
 
 
 def _as_float(part: torch.Tensor, local: str) -> torch.Tensor:
