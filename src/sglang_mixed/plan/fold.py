@@ -33,10 +33,15 @@ def fold(names: Iterable[str], within: Mapping[str, list[Indices]] | None = None
     """Patterns that match exactly these names; a number is `*` where every one that `within` knows is meant."""
     patterns = []
     for template, indices in by_template(names).items():
-        known = [set(column) for column in zip(*within[template], strict=True)] if within else []
-        for box in _boxes(set(indices)):
-            patterns += _write(template.split("*"), box, known)
+        patterns += fold_indices(template, indices, within[template] if within else [])
     return patterns
+
+
+def fold_indices(template: str, indices: Iterable[Indices], within: Iterable[Indices]) -> list[str]:
+    """As `fold`, of names that are one template and its numbers."""
+    known = [set(column) for column in zip(*within, strict=True)]
+    pieces = template.split("*")
+    return [pattern for box in _boxes(set(indices)) for pattern in _write(pieces, box, known)]
 
 
 def _write(pieces: list[str], box: Box, known: list[set[int]]) -> list[str]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint import Checkpoint, changed, join, open_checkpoint
+from ..checkpoint import Checkpoint, changed, open_checkpoint
 from ..config import MixedPrecisionMap
 from ..errors import DifferentBaseError, TensorMissingError
 from ..formats import ModuleFormat, TensorInfo, from_json, get_format, to_json
 from . import size
+from .alike import alike
 from .families import model_order
-from .fold import by_template, fold, split_name
 from .rank import ALONE, Rank, RankPlan
 
 _VERSION = 2
@@ -127,25 +127,19 @@ class Plan:
 
     def rows(self) -> list[Row]:
         """The plan by groups of modules that differ only in their numbers or last names, in a model's order."""
-        groups: dict[tuple[str, str, str], list[PlannedModule]] = {}
+        kinds: dict[tuple[int, str | None], tuple[str, tuple[int, int]]] = {}
+        named = []
         for module in self.modules.values():
-            label = get_format(module.format.name).label(module.format.parameters)
-            groups.setdefault((split_name(module.name)[0], module.source, label), []).append(module)
-        known = by_template(self.modules)
-        siblings: dict[tuple[tuple[str, ...], str, str, int], dict[str, list[PlannedModule]]] = {}
-        for (_, source, label), group in groups.items():
-            patterns = fold((module.name for module in group), known)
-            parents = tuple(pattern.rpartition(".")[0] for pattern in patterns)
-            key = parents, source, label, model_order(patterns[0])
-            siblings.setdefault(key, {})[patterns[0].rpartition(".")[2]] = group
-        ordered = sorted(siblings.items(), key=lambda item: item[0][3])
-        return [self._row(parents, source, label, lasts) for (parents, source, label, _), lasts in ordered]
-
-    def _row(self, parents: tuple[str, ...], source: str, label: str, lasts: dict[str, list[PlannedModule]]) -> Row:
-        last = next(iter(lasts)) if len(lasts) == 1 else "{" + ",".join(sorted(lasts)) + "}"
-        group = [module for modules in lasts.values() for module in modules]
-        sizes = _total(group, size.resident), _total(group, size.in_16_bits, 2)
-        return Row(", ".join(join(parent, last) for parent in parents), source, label, len(group), *sizes)
+            kind = id(module.format), module.bias
+            if kind not in kinds:
+                label = get_format(module.format.name).label(module.format.parameters)
+                kinds[kind] = label, (self.module_bytes(module), self.module_bf16_bytes(module))
+            label, sizes = kinds[kind]
+            named.append((module.name, (model_order(module.name), module.source, label), sizes))
+        return [
+            Row(one.names, one.key[1], one.key[2], one.number, *one.sizes)
+            for one in sorted(alike(named), key=lambda one: int(one.key[0]))
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; formats stand once, modules name them by number."""
