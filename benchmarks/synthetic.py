@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY, HEAD = 1024, 512, 24, 8192, 64
+HEAD = 64
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
-    "hidden_size": HIDDEN,
-    "moe_intermediate_size": INTERMEDIATE,
+    "hidden_size": 1024,
+    "moe_intermediate_size": 512,
     "intermediate_size": 2048,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": HEAD,
-    "num_experts": EXPERTS,
+    "num_experts": 24,
     "num_experts_per_tok": 4,
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
-    "vocab_size": VOCABULARY,
+    "vocab_size": 8192,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
@@ -34,6 +34,8 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+#: Qwen3-30B-A3B's widths.
+REAL_WIDTHS = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32}
 QUANTIZATION: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
@@ -61,41 +63,44 @@ def linear(kind: str, rows: int, columns: int, generator: torch.Generator) -> Te
     }
 
 
-def write(folder: Path, kind: str, layers: int) -> Path:
-    """One checkpoint of `layers` layers."""
+def write(folder: Path, kind: str, layers: int, **changes: int) -> Path:
+    """One checkpoint of `layers` layers; `changes` to CONFIG."""
+    config = {**CONFIG, **changes, "num_hidden_layers": layers}
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     tensors: Tensors = {
-        "model.embed_tokens.weight": (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.1).bfloat16(),
-        "lm_head.weight": (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.03).bfloat16(),
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+        "model.embed_tokens.weight": (torch.randn(vocabulary, hidden, generator=generator) * 0.1).bfloat16(),
+        "lm_head.weight": (torch.randn(vocabulary, hidden, generator=generator) * 0.03).bfloat16(),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
     }
-    query, key = CONFIG["num_attention_heads"] * HEAD, CONFIG["num_key_value_heads"] * HEAD
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        shapes = {
-            "q_proj": (query, HIDDEN),
-            "k_proj": (key, HIDDEN),
-            "v_proj": (key, HIDDEN),
-            "o_proj": (HIDDEN, query),
-        }
-        linears = {f"self_attn.{name}": shape for name, shape in shapes.items()}
-        for expert in range(EXPERTS):
-            linears |= {f"mlp.experts.{expert}.{name}": (INTERMEDIATE, HIDDEN) for name in ("gate_proj", "up_proj")}
-            linears[f"mlp.experts.{expert}.down_proj"] = (HIDDEN, INTERMEDIATE)
-        for name, shape in linears.items():
+        for name, shape in linears(config).items():
             found = linear(kind, *shape, generator)
             tensors |= {f"{prefix}.{name}.{local}": tensor for local, tensor in found.items()}
-        router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(layer))
+        router = torch.randn(config["num_experts"], hidden, generator=torch.Generator().manual_seed(layer))
         tensors[f"{prefix}.mlp.gate.weight"] = (router * 0.03).bfloat16()
-        for norm, size in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN)):
+        for norm, size in (("input_layernorm", hidden), ("post_attention_layernorm", hidden)):
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         for norm in ("q_norm", "k_norm"):
             tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(HEAD, dtype=torch.bfloat16)
     save_file(tensors, folder / "model.safetensors")
     quantization = {"quantization_config": QUANTIZATION[kind]} if QUANTIZATION[kind] else {}
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers, **quantization}))
+    (folder / "config.json").write_text(json.dumps({**config, **quantization}))
     return folder
+
+
+def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Name -> [out, in] of one layer's linears."""
+    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    query, key = config["num_attention_heads"] * HEAD, config["num_key_value_heads"] * HEAD
+    shapes = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, query)}
+    found = {f"self_attn.{name}": shape for name, shape in shapes.items()}
+    for expert in range(config["num_experts"]):
+        found |= {f"mlp.experts.{expert}.{name}": (width, hidden) for name in ("gate_proj", "up_proj")}
+        found[f"mlp.experts.{expert}.down_proj"] = (hidden, width)
+    return found
 
 
 def write_map(path: Path, rules: dict[str, str], **sources: Path) -> Path:
