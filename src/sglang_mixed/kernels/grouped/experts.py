@@ -1,0 +1,115 @@
+"""A MoE layer of experts stored in any formats, on the Triton kernels of `passes.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import passes
+from .launch import TILES, Tiles, dot_type
+from .table import Weight, codecs_of, line, table
+
+#: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
+TOKENS_AT_ONCE = 4096
+SORTED_AT_ONCE = 1024
+
+
+class ExpertWeights(NamedTuple):
+    """One expert's matrices."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """`silu` and `gelu` times up; `swiglu` is GPT-OSS's, with its alpha and limit."""
+
+    name: str = "silu"
+    alpha: float = 1.0
+    limit: float = 0.0
+
+
+class GroupedExperts:
+    """All experts of a layer, their tensors kept alive. gate and up are [intermediate, hidden], down is the reverse."""
+
+    def __init__(
+        self,
+        experts: Sequence[ExpertWeights],
+        hidden: int,
+        intermediate: int,
+        activation: Activation,
+        factor: float = 1.0,
+    ) -> None:
+        self._experts, self.hidden, self.intermediate = tuple(experts), hidden, intermediate
+        self._activation, self._factor = activation, factor
+        self.gate_up_codecs = codecs_of(weight for expert in experts for weight in expert[:2])
+        self.down_codecs = codecs_of(expert.down for expert in experts)
+        sides = (self.gate_up_codecs, self.gate_up_codecs, self.down_codecs)
+        lines = [line(weight, side) for expert in experts for weight, side in zip(expert, sides, strict=True)]
+        self._table = table(lines, experts[0].gate.tensors["weight"].device)
+        self.has_bias = any(weight.bias is not None for expert in experts for weight in expert)
+
+    def run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden], the router's weights and ids [tokens, top-k] -> weighted sums [tokens, hidden].
+
+        Ids are places in the list of experts; -1 is skipped. Sums are in float32, rounded once to x's dtype.
+        """
+        output = self.empty(*x.shape, like=x)
+        for begin in range(0, len(x), TOKENS_AT_ONCE):
+            part = slice(begin, begin + TOKENS_AT_ONCE)
+            self._run(x[part].contiguous(), weights[part].contiguous(), ids[part].contiguous(), output[part])
+        return output
+
+    def empty(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Where every tensor that kernels write comes from."""
+        return like.new_empty(shape, dtype=dtype)
+
+    def _run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
+        top_k, number = ids.shape[1], len(self._experts)
+        tiles = TILES[ids.numel() > 16 * number]
+        pairs, experts = self._sort(ids, tiles.rows)
+        blocks, common = len(experts), _options(tiles, self.has_bias, x)
+        hidden = self.empty(ids.numel(), self.intermediate, like=x)
+        passes.gate_up[(triton.cdiv(self.intermediate, tiles.outputs), blocks)](
+            x, hidden, self._table, pairs, experts, self._activation.alpha, self._activation.limit,
+            HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, TOP_K=top_k, CODECS=self.gate_up_codecs,
+            ACTIVATION=self._activation.name, **common,
+        )  # fmt: skip
+        sums = self.empty(ids.numel(), self.hidden, like=x, dtype=torch.float32)
+        passes.down[(triton.cdiv(self.hidden, tiles.outputs), blocks)](
+            hidden, sums, self._table, pairs, experts, weights,
+            HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, CODECS=self.down_codecs, **common,
+        )  # fmt: skip
+        columns = min(1024, triton.next_power_of_2(self.hidden))
+        passes.sum_slots[(len(x), triton.cdiv(self.hidden, columns))](
+            sums, ids, output, self._factor, HIDDEN=self.hidden, TOP_K=top_k, BLOCK=columns
+        )
+
+    def _sort(self, ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs int32 [blocks, rows] sorted by expert, -1 in places without one, and each block's expert or -1."""
+        num_pairs, number = ids.numel(), len(self._experts)
+        blocks = min(num_pairs, num_pairs // rows + min(number, num_pairs))
+        pairs = self.empty(blocks, rows, like=ids, dtype=torch.int32)
+        experts = self.empty(blocks, like=ids, dtype=torch.int32)
+        chunk = min(SORTED_AT_ONCE, max(16, triton.next_power_of_2(num_pairs)))
+        passes.sort_pairs[(number,)](
+            ids, pairs, experts, num_pairs, blocks, NUM_EXPERTS=number, BLOCK_M=rows, CHUNK=chunk
+        )
+        return pairs, experts
+
+
+def _options(tiles: Tiles, has_bias: bool, x: torch.Tensor) -> dict[str, object]:
+    return {
+        "HAS_BIAS": has_bias,
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.outputs,
+        "DOT": dot_type(x),
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }

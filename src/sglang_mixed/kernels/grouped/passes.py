@@ -1,0 +1,164 @@
+"""Triton: a linear layer, and a MoE layer whose experts' matrices are each stored in a format of their own.
+
+A (token, slot) is a *pair*, numbered token * top-k + slot. Pairs are sorted by expert into blocks of BLOCK_M places, so
+that every program has one expert. All shapes follow from the number of tokens alone: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import FIELDS, bias, multiply
+
+
+@triton.jit
+def sort_pairs(
+    ids, pairs, experts, num_pairs, num_blocks, NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Program e writes expert e's pairs, in their order, to its blocks of `pairs` [blocks, BLOCK_M], -1 to the rest of
+    them, and e to `experts` [blocks]; the last program writes -1 for blocks that no expert needs.
+    """
+    expert = tl.program_id(0)
+    BINS: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS + 1)
+    places = tl.arange(0, CHUNK)
+    counts = tl.zeros((BINS,), tl.int32)
+    for begin in range(0, num_pairs, CHUNK):
+        own = tl.load(ids + begin + places, begin + places < num_pairs, -1).to(tl.int32)
+        counts += tl.histogram(tl.where(own < 0, NUM_EXPERTS, own), BINS)
+    numbers = tl.arange(0, BINS)
+    blocks = tl.where(numbers < NUM_EXPERTS, (counts + BLOCK_M - 1) // BLOCK_M, 0)
+    first = tl.sum(tl.where(numbers < expert, blocks, 0))
+    after = first + tl.sum(tl.where(numbers == expert, blocks, 0))
+    rank = first * BLOCK_M
+    for begin in range(0, num_pairs, CHUNK):
+        own = tl.load(ids + begin + places, begin + places < num_pairs, -1).to(tl.int32)
+        is_own = own == expert
+        tl.store(pairs + rank + tl.cumsum(is_own.to(tl.int32)) - 1, begin + places, is_own)
+        rank += tl.sum(is_own.to(tl.int32))
+    rest = tl.arange(0, BLOCK_M)
+    tl.store(pairs + rank + rest, tl.full((BLOCK_M,), -1, tl.int32), rank + rest < after * BLOCK_M)
+    last = tl.where(expert == NUM_EXPERTS - 1, num_blocks, after)
+    for block in range(first, last):
+        tl.store(experts + block, tl.where(block < after, expert, -1))
+
+
+@triton.jit
+def gate_up(
+    x,
+    output,
+    table,
+    pairs,
+    experts,
+    alpha,
+    limit,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    CODECS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """output [pairs, INTERMEDIATE]: each pair's activated product of gate and up. Of `table` [experts, 3, FIELDS] the
+    first two lines of an expert are its gate and up."""
+    block = tl.program_id(1)
+    expert = tl.load(experts + block)
+    if expert < 0:
+        return
+    own = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    is_pair = own >= 0
+    rows = tl.where(is_pair, own // TOP_K, 0).to(tl.int64)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = outputs < INTERMEDIATE
+    line = table + expert * (3 * FIELDS)
+    gate = multiply(x, rows, is_pair, line, outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+    up = multiply(x, rows, is_pair, line + FIELDS, outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+    if HAS_BIAS:
+        gate += bias(line, outputs, is_output, x.dtype.element_ty)[None, :]
+        up += bias(line + FIELDS, outputs, is_output, x.dtype.element_ty)[None, :]
+    if ACTIVATION == "silu":
+        found = gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == "gelu":
+        found = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    else:  # GPT-OSS's
+        gate = tl.minimum(gate, limit)
+        found = gate * tl.sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
+    place = output + own.to(tl.int64)[:, None] * INTERMEDIATE + outputs[None, :]
+    tl.store(place, found.to(output.dtype.element_ty), is_pair[:, None] & is_output[None, :])
+
+
+@triton.jit
+def down(
+    x,
+    output,
+    table,
+    pairs,
+    experts,
+    weights,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    CODECS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """output [pairs, HIDDEN] in float32: each pair's down product, times the router's weight."""
+    block = tl.program_id(1)
+    expert = tl.load(experts + block)
+    if expert < 0:
+        return
+    own = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    is_pair = own >= 0
+    rows = tl.where(is_pair, own, 0).to(tl.int64)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = outputs < HIDDEN
+    line = table + expert * (3 * FIELDS) + 2 * FIELDS
+    found = multiply(x, rows, is_pair, line, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
+    if HAS_BIAS:
+        found += bias(line, outputs, is_output, x.dtype.element_ty)[None, :]
+    found *= tl.load(weights + rows, is_pair, 0.0).to(tl.float32)[:, None]
+    tl.store(output + rows[:, None] * HIDDEN + outputs[None, :], found, is_pair[:, None] & is_output[None, :])
+
+
+@triton.jit
+def sum_slots(x, ids, output, factor, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """output [tokens, HIDDEN]: the sum of a token's pairs in x [pairs, HIDDEN] whose ids are not -1, times `factor`."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in range(TOP_K):
+        pair = token * TOP_K + slot
+        is_there = (columns < HIDDEN) & (tl.load(ids + pair) >= 0)
+        total += tl.load(x + pair * HIDDEN + columns, is_there, 0.0)
+    tl.store(output + token * HIDDEN + columns, (total * factor).to(output.dtype.element_ty), columns < HIDDEN)
+
+
+@triton.jit
+def linear(
+    x,
+    output,
+    bias,
+    table,
+    num_rows,
+    COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    CODECS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS] and the one weight of `table`."""
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows < num_rows
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = outputs < OUTPUTS
+    found = multiply(x, rows.to(tl.int64), is_row, table, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
+    if HAS_BIAS:
+        found += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
+    place = output + rows.to(tl.int64)[:, None] * OUTPUTS + outputs[None, :]
+    tl.store(place, found.to(output.dtype.element_ty), is_row[:, None] & is_output[None, :])
