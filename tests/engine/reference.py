@@ -22,8 +22,8 @@ from .launch import TINY, Engine
 _COMMON: dict[str, Any] = {"skip_tokenizer_init": True}
 
 
-def write_reference(plan: Plan, folder: Path) -> Path:
-    """Write the plan's model in BF16 for stock SGLang; returns the folder."""
+def write_reference(plan: Plan, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write the plan's model in one dtype, for stock SGLang in BF16; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     for module in plan.modules.values():
@@ -32,7 +32,7 @@ def write_reference(plan: Plan, folder: Path) -> Path:
             tensors |= {f"{module.name}.{local}": stored[local] for local in module.tensors}
             continue
         weight = get_format(module.format.name).dequantize(stored, module.format.parameters, torch.float32)
-        tensors[f"{module.name}.weight"] = weight.to(torch.bfloat16)
+        tensors[f"{module.name}.weight"] = weight.to(dtype)
         if "bias" in module.tensors:
             tensors[f"{module.name}.bias"] = stored["bias"]
     base = plan.sources[plan.base]

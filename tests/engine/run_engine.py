@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ CODE = "from tests.engine.run_engine import main; main()"
 def main() -> None:
     """Read JSON {"arguments": {...}, "requests": [{...}, ...]} from one file; write the answers to another.
 
-    The memory statistics stand beside the answers where a mix was served.
+    The statistics of memory and experts stand beside the answers where a mix was served.
     """
     import sglang
 
-    from sglang_mixed import get_mixed_precision_memory_stats
+    from sglang_mixed import get_expert_activation_stats, get_mixed_precision_memory_stats
+    from sglang_mixed.errors import UnsupportedError
 
     asked, answered = map(Path, sys.argv[1:])
     job = json.loads(asked.read_text())
@@ -24,5 +26,8 @@ def main() -> None:
     answers = [engine.generate(**request) for request in job["requests"]]
     mixed = engine.server_args.quantization == "mixed_precision"
     result = {"answers": answers, "memory": get_mixed_precision_memory_stats() if mixed else None}
+    if mixed:
+        with contextlib.suppress(UnsupportedError):  # no experts, or not counted
+            result["experts"] = get_expert_activation_stats()
     answered.write_text(json.dumps(result))
     engine.shutdown()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.moe.topk import TopKOutputChecker
+from sglang.srt.layers.moe.topk import TopK, TopKOutputChecker
 from sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph import is_in_tc_piecewise_cuda_graph
 
 from ..experts import ExpertCounts
@@ -160,8 +160,10 @@ def track(model: torch.nn.Module) -> ExpertTracker | None:
     if not found:
         return None
     layers = [(one.layer_id, one.num_experts - one.num_fused_shared_experts, one.num_experts) for one in found]
+    # Not every model tells its expert layers how many are chosen, but all have them chosen by this class.
+    choice = next(module.topk_config for module in model.modules() if isinstance(module, TopK))
     device = next(model.parameters()).device
-    tracker = ExpertTracker(layers, found[0].top_k - found[0].num_fused_shared_experts, device)
+    tracker = ExpertTracker(layers, choice.top_k - choice.num_fused_shared_experts, device)
     forward = model.forward
 
     @functools.wraps(forward)
