@@ -46,7 +46,6 @@ def register() -> None:
         "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
         "sglang.srt.utils.common.add_prometheus_middleware": routes.add_prometheus_middleware,
         "sglang.srt.utils.auth.decide_request_auth": routes.decide_request_auth,
-        "sglang.srt.utils.auth.decide_request_auth": routes.decide_request_auth,
         "uvicorn.run": routes.run_uvicorn,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)
