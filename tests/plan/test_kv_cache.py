@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sglang_mixed.errors import UnsupportedError
-from sglang_mixed.plan.kv_cache import default_mem_fraction, kv_cache
+from sglang_mixed.plan.kv_cache import cache_item_bytes, default_mem_fraction, kv_cache
 
 GROUPED = {"num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
 LATENT = {"num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
@@ -37,11 +37,13 @@ LLAMA4 = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": {*
     ],
 )
 def test_bytes_of_a_token(config: dict[str, Any], tp: int, dtype: str, expected: float) -> None:
-    assert kv_cache(config, tp, dtype).bytes_per_token == pytest.approx(expected)
+    assert kv_cache(config, tp, cache_item_bytes(dtype)).bytes_per_token == pytest.approx(expected)
 
 
 def test_a_float32_model_keeps_float32_unless_told() -> None:
-    assert kv_cache(GROUPED, 1, "auto", 4).bytes_per_token == 2 * kv_cache(GROUPED, 1, "bf16", 4).bytes_per_token
+    assert [cache_item_bytes(dtype, 4) for dtype in ("auto", "bf16", "fp8_e5m2")] == [4, 2, 1]
+    with pytest.raises(UnsupportedError, match="one of auto"):
+        cache_item_bytes("int3")
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,6 @@ def test_a_float32_model_keeps_float32_unless_told() -> None:
 def test_other_kinds_of_attention_are_not_guessed(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedError, match=named):
         kv_cache({**GROUPED, **change})
-    with pytest.raises(UnsupportedError, match="one of auto"):
-        kv_cache(GROUPED, 1, "int3")
 
 
 def test_the_share_of_weights_and_cache_is_sglangs() -> None:

@@ -58,10 +58,15 @@ class Checkpoint:
         try:
             self._detect = Detector(self.quantization, self.modules)
             #: Module -> a number that is equal for modules of which `quantization` says the same.
-            self.rule = self._detect.rules.index if self.quantization else _same_rule
+            self.rule = self._detect.rules.index if len(self._detect.rules.configs) > 1 else _same_rule
         except FormatError as error:
             error.file = str(path / "config.json")
             raise
+
+    @property
+    def has_fused_experts(self) -> bool:
+        """Whether experts that the files hold in one tensor a layer are modules of their own here."""
+        return self.shards is not self._headers
 
     @cached_property
     def entries(self) -> Entries:

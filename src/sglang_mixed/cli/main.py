@@ -29,6 +29,19 @@ def main() -> None:
 
 
 @app.command()
+def inspect(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Checkpoint folders, or cached hub names.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what checkpoints are: model, the format of every module, bytes, and what is odd; headers alone are read."""
+    with reported():
+        from .inspect import describe_all, render
+
+        reports = describe_all(paths)
+        print(json.dumps(reports, indent=2)) if as_json else render(reports)
+
+
+@app.command()
 def check(
     map_path: Annotated[Path, typer.Argument(metavar="MAP", help="The YAML map.")],
     model_path: Annotated[

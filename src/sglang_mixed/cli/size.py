@@ -13,7 +13,7 @@ from ..errors import UnsupportedError
 from ..memory import rank_memory, rank_reads
 from ..plan import Plan, Rank, make_plan
 from ..plan.families import text_config
-from ..plan.kv_cache import default_mem_fraction, kv_cache
+from ..plan.kv_cache import cache_item_bytes, default_mem_fraction, kv_cache
 from .check import human
 
 
@@ -58,9 +58,9 @@ def describe(
 
 
 def _kv_cache(plan: Plan, tp: int, dtype: str, left: int) -> dict[str, Any]:
-    item_bytes = 4 if plan.map.inference.dtype in ("float", "float32") else 2
+    item = cache_item_bytes(dtype, 4 if plan.map.inference.dtype in ("float", "float32") else 2)
     try:
-        cache = kv_cache(plan.checkpoints[plan.base].config, tp, dtype, item_bytes)
+        cache = kv_cache(plan.checkpoints[plan.base].config, tp, item)
     except UnsupportedError as error:
         return {"dtype": dtype, "bytes": left, "bytes_per_token": None, "tokens": None, "text": error.what}
     tokens = int(left // cache.bytes_per_token)

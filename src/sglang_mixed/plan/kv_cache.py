@@ -16,8 +16,8 @@ from typing import Any
 from ..errors import UnsupportedError
 from .families import text_config
 
-#: `--kv-cache-dtype` -> bytes of a value; "auto" is the model's own dtype.
-KV_CACHE_DTYPES = {"auto": 2, "bfloat16": 2, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "fp8": 1}
+#: `--kv-cache-dtype` -> bytes of a value; 0 for the model's own dtype.
+KV_CACHE_DTYPES = {"auto": 0, "bfloat16": 2, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "fp8": 1}
 #: Layers with a sliding window keep this share of the tokens that the others keep (`--swa-full-tokens-ratio`).
 SWA_RATIO = 0.8
 #: Architectures whose layers with a sliding window SGLang gives a smaller pool; all others' keep every token.
@@ -54,15 +54,19 @@ class KVCache:
     text: str
 
 
-def kv_cache(config: Mapping[str, Any], tp: int = 1, dtype: str = "auto", item_bytes: int = 2) -> KVCache:
-    """A token's keys and values in all layers of one of `tp` ranks; `item_bytes` are those of the model's dtype.
+def cache_item_bytes(dtype: str, model_item_bytes: int = 2) -> int:
+    """Bytes of one cached value, of a `--kv-cache-dtype` and a model's dtype. Raises UnsupportedError for any other."""
+    if dtype not in KV_CACHE_DTYPES:
+        raise UnsupportedError(f"--kv-cache-dtype {dtype}", rule=f"one of {', '.join(KV_CACHE_DTYPES)}")
+    return KV_CACHE_DTYPES[dtype] or model_item_bytes
+
+
+def kv_cache(config: Mapping[str, Any], tp: int = 1, item: int = 2) -> KVCache:
+    """A token's keys and values in all layers of one of `tp` ranks, `item` bytes a value.
 
     Raises UnsupportedError for models whose layers do not all keep keys and values, or keep an index beside them.
     """
-    if dtype not in KV_CACHE_DTYPES:
-        raise UnsupportedError(f"--kv-cache-dtype {dtype}", rule=f"one of {', '.join(KV_CACHE_DTYPES)}")
     text = text_config(config)
-    item = item_bytes if dtype == "auto" else KV_CACHE_DTYPES[dtype]
     _refuse_other_attention(config, text)
     layers = int(text["num_hidden_layers"])
     if text.get("kv_lora_rank"):
