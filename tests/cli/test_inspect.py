@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_quantized_weights_that_no_config_tells_of_are_told(tmp_path: Path) -> N
     config = json.loads((TINY / "int8" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(TINY / "int8" / "model.safetensors")
+    shutil.copy(TINY / "int8" / "model.safetensors", tmp_path)
     assert describe(str(tmp_path))["oddities"] == [
         "config.json has no quantization_config, and modules are INT8 channel"
     ]
