@@ -17,16 +17,19 @@ from ..experts.page import page_html
 from . import state
 from .questions import HTTP_SERVER, Question, ask
 from .statistics import add_counts, described_map, export_experts
+from .watchdog import end_at_once, watch_all
 
 PREFIX = "/mixed_precision"
 
 
 def launch_subprocesses(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Hook around `Engine._launch_subprocesses`: remember the way to the schedulers and add the routes."""
-    result = original(*args, **kwargs)
+    """Hook around `Engine._launch_subprocesses`: remember the way to the schedulers, watch them, add the routes."""
     server_args = kwargs.get("server_args", next((a for a in args if hasattr(a, "model_path")), None))
     if getattr(server_args, "quantization", None) != "mixed_precision":
-        return result
+        return original(*args, **kwargs)
+    end_at_once()
+    result = original(*args, **kwargs)
+    watch_all(result)
     state.tokenizer_manager = result[0]
     if http_server := sys.modules.get(HTTP_SERVER):
         add_routes(http_server.app)

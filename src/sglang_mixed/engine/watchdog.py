@@ -1,0 +1,48 @@
+"""A server whose process has died ends at once, whichever process it was: it never answers without its model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+from sglang.srt.utils.watchdog import SubprocessWatchdog
+
+#: SGLang's dumps of a server that crashed: for 5 to 65 seconds it holds the port. Who wants them sets these.
+_DUMPS = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
+
+
+def end_at_once() -> None:
+    """Let a crash of this process's children end it without dumps, unless the environment asks for them."""
+    for name in _DUMPS:
+        os.environ.setdefault(name, "0")
+
+
+class Descendant:
+    """A process that another one started, as SGLang's watchdog sees those of its own."""
+
+    exitcode = None
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._process = psutil.Process(pid) if psutil.pid_exists(pid) else None
+
+    def is_alive(self) -> bool:
+        """Whether it runs; a zombie does not."""
+        try:
+            return self._process is not None and self._process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def watch_all(launched: Sequence[Any]) -> None:
+    """Have SGLang's watchdog look at all of what it launched: it knows its own children, and no rank of a copy (DP)."""
+    watchdog = next((one for one in launched if isinstance(one, SubprocessWatchdog)), None)
+    if watchdog is None:  # a node that only holds ranks
+        return
+    known = {process.pid for process in watchdog._processes}
+    for pid in next(one.all_child_pids for one in launched if hasattr(one, "all_child_pids")):
+        if pid not in known:
+            watchdog._names.append(f"rank_{pid}")
+            watchdog._processes.append(Descendant(pid))
