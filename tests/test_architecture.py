@@ -15,7 +15,9 @@ LEVELS = [
     {"formats"},
     {"config", "checkpoint", "kernels"},
     {"stream", "plan"},
-    {"memory", "experts", "export", "preflight"},
+    {"memory", "experts", "export", "preflight", "comparison"},
+    {"sensitivity"},
+    {"search"},
     {"engine", "torch", "cli"},
     {"compatibility"},
 ]

@@ -22,8 +22,10 @@ MixedPrecisionError
 │   ├── ShapeError          a shape that differs from the base model's
 │   ├── SmoothingError      a norm with smoothing folded in, apart from what reads it
 │   ├── DifferentBaseError  sources that were made from different base models
-│   └── ParallelismError    a cut over ranks that a format cannot take
+│   ├── ParallelismError    a cut over ranks that a format cannot take
+│   └── BudgetError         no mix of the sources is as small as asked
 ├── ExportError           a folder that an export cannot be written to
+├── SensitivityError      measured errors that are none, or are of other sources
 ├── ExpertCountsError     counts of experts that are none, or are of another model
 │   └── ExpertExportError   a file of counts that cannot be read or written
 └── EngineError           inside a serving process
@@ -180,6 +182,14 @@ class DifferentBaseError(PlanError):
 
 class ParallelismError(PlanError):
     """A cut over ranks that a format cannot take."""
+
+
+class BudgetError(PlanError):
+    """No mix of the sources is as small as asked."""
+
+
+class SensitivityError(MixedPrecisionError):
+    """Measured errors that are none, or are of other sources."""
 
 
 class ExportError(MixedPrecisionError):

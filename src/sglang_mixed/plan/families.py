@@ -205,6 +205,13 @@ def _split_layer(name: str) -> tuple[str | None, str]:
     return f"{before}.layers.{number}", suffix
 
 
+def layer_of(name: str) -> int:
+    """The number of the decoder layer that a module is in; 0 for what stands before them all."""
+    layer, _ = _split_layer(name)
+    number = layer.rpartition(".")[2] if layer else "0"
+    return int(number) if number.isdecimal() else 0
+
+
 def cut_role(name: str) -> str | None:
     """Which side of a module's weight tensor parallelism cuts: "out", "in", or None where every rank holds it whole."""
     last = name.rpartition(".")[2]
