@@ -53,9 +53,14 @@ class Server:
     """`sglang serve`, or another launcher: a true command, or forked from the zygote where that is not the point."""
 
     def __init__(
-        self, log: Path, *arguments: str | Path, command: tuple[str, ...] = ("sglang", "serve"), fresh: bool = True
+        self,
+        log: Path,
+        *arguments: str | Path,
+        command: tuple[str, ...] = ("sglang", "serve"),
+        fresh: bool = True,
+        port: int | None = None,
     ) -> None:
-        self.log, port = log, free_port()
+        self.log, port = log, port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         flags = [*command[1:], *map(str, arguments), "--port", str(port), *FLAGS]
         if fresh:
