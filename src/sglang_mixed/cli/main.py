@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import MixedPrecisionError
+from .loop import loop
+from .options import AsJson, reported
 
 app = typer.Typer(
     name="sglang-mixed",
@@ -20,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+app.add_typer(loop)
 
 
 @app.callback()
@@ -199,16 +197,6 @@ def experts(
         command.write(statistics, sources, csv=csv, export=export, png=png, api_key=api_key)
         report = command.describe(statistics, top, layer)
         print(json.dumps(report, indent=2)) if as_json else command.render(report)
-
-
-@contextmanager
-def reported() -> Iterator[None]:
-    """An error of ours is one message on stderr and exit status 1; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except MixedPrecisionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":
