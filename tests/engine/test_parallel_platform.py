@@ -103,6 +103,18 @@ def test_a_mix_on_four_ranks_answers_requests(four_ranks: Server, prompts: list[
     assert all(len(answer["output_ids"]) == 8 for answer in four_ranks.generate(prompts, **REQUEST))
 
 
+def test_every_tokenizer_worker_tells_what_all_ranks_counted(four_ranks: Server, prompts: list[list[int]]) -> None:
+    url = f"{four_ranks.url}/mixed_precision/experts"
+    http(f"{url}/reset", {})
+    infos = [answer["meta_info"] for answer in four_ranks.generate(prompts, **REQUEST)]
+    prefill = sum(info["prompt_tokens"] - info["cached_tokens"] for info in infos)
+    with ThreadPoolExecutor(10) as clients:
+        reports = list(clients.map(http, [url] * 20))
+    for report in reports:
+        assert [sum(layer) for layer in report["prefill"]] == [prefill * report["top_k"]] * 2
+        assert [sum(layer) for layer in report["decode"]] == [len(prompts) * 7 * report["top_k"]] * 2
+
+
 def node(log: Path, rank: int, address: str, *flags: str, first: str = "") -> Job:
     """One of two nodes that share a model."""
     nodes = ("--nnodes", "2", "--node-rank", str(rank), "--dist-init-addr", address, "--tp-size", "2")
