@@ -61,7 +61,9 @@ def _heat_map(axes: Axes, layers: tuple[int, ...], counts: Counts, formats: Expe
     even = np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
     multiples = counts / even
     limit = max(1.0, float(multiples.max()))
-    steps = np.round((STEPS - 1) * np.sqrt(multiples / limit)).astype(int)
+    # An even share has the middle of the ramp, so that hot and cold differ in balanced layers, too.
+    places = np.interp(multiples, (0, 1, max(limit, 1 + 1e-9)), (0, 0.5, 1))
+    steps = np.round((STEPS - 1) * places).astype(int)
     cells = formats.cells if formats else np.full(counts.shape, UNKNOWN)
     numbers = range(UNKNOWN, len(formats.labels) if formats else 0)
     axes.imshow(np.stack([ramp(number) for number in numbers])[cells - UNKNOWN, steps], aspect="auto")

@@ -48,7 +48,7 @@ class HeatMap {
       const even = sum(row) / row.length || 1;
       row.forEach((tokens, expert) => {
         const format = this.cells ? this.cells[layer][expert] : -1;
-        const step = Math.round(63 * Math.sqrt(Math.min(1, tokens / even / limit)));
+        const step = stepOf(tokens / even, limit);
         const [x, y] = [expert * cell, HEAD + layer * height];
         context.globalAlpha = this.format === null || this.format === format ? 1 : 0.1;
         context.fillStyle = ramp(format)[step];
@@ -117,6 +117,11 @@ class HeatMap {
     this.draw();
     this.onSelect(layer, expert);
   }
+}
+
+/** Which of a ramp's 64 colors: an even share has the middle one, so that hot and cold differ in balanced layers, too. */
+function stepOf(multiple, limit) {
+  return Math.round(63 * (multiple <= 1 ? multiple / 2 : 0.5 + (multiple - 1) / (limit - 1) / 2));
 }
 
 /** Give a canvas its size in CSS pixels and return a context that draws in them, sharp on any screen. */

@@ -143,7 +143,7 @@ function memoryTile() {
 function drawLegends() {
   const labels = page.report.formats?.labels ?? [];
   byId("ramp").style.background = gradient(-1);
-  byId("ramp-text").textContent = `0 to ${map.largestMultiple.toFixed(1)} × an even share`;
+  byId("ramp-text").textContent = `${map.largestMultiple.toFixed(1)} × an even share`;
   const shown = [...labels, map.format, isDark()].join("\n");
   if (byId("formats").dataset.shown === shown) return;
   byId("formats").dataset.shown = shown;
