@@ -12,6 +12,7 @@ from ..formats.base import ITEM_BYTES, TensorInfo
 
 #: (name, dtype and shape, end in the data) of each tensor, in the order of the bytes.
 Places = list[tuple[str, TensorInfo, int]]
+MAX_DIMENSIONS = 8
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 
@@ -77,6 +78,8 @@ def _examine_entry(path: Path, name: str, value: Any) -> tuple[int, int, TensorI
     dtype, shape, offsets = (fields[key] for key in _FIELDS)
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         _fail(path, name, f"dtype {dtype!r} is not known", f"dtypes that are read: {', '.join(ITEM_BYTES)}")
+    if isinstance(shape, list) and len(shape) > MAX_DIMENSIONS:
+        _fail(path, name, f"a shape of {len(shape)} dimensions", f"a tensor has at most {MAX_DIMENSIONS} dimensions")
     if not _are_sizes(shape):
         _fail(path, name, f"shape {shape!r:.80}", "a shape is a list of whole numbers, none negative")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

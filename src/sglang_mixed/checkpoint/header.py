@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import HeaderError, TruncatedFileError
 from ..formats.base import ITEM_BYTES, TensorInfo
-from .examine import DECODER, Places, examine, is_metadata
+from .examine import DECODER, MAX_DIMENSIONS, Places, examine, is_metadata
 from .opening import opened, readable
 
 #: The safetensors library's own bound.
@@ -211,7 +211,7 @@ _PARTS: dict[str, Part] = {}
 
 def _parse_tail(tail: str) -> Part:
     found = _TAIL.fullmatch(tail)
-    if not found or found[2] not in ITEM_BYTES or found[1] == "__metadata__":
+    if not found or found[2] not in ITEM_BYTES or found[1] == "__metadata__" or found[3].count(",") >= MAX_DIMENSIONS:
         raise ValueError
     if len(_PARTS) >= _MAX_PARTS:
         _PARTS.clear()

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..plan import Rank, make_plan
 from ..plan.fold import fold
+from ..plan.originals import compare_with_originals
 from ..plan.values import verify_values as read_values
 
 
@@ -30,6 +31,7 @@ def describe(
     for checkpoint in plan.checkpoints.values():
         checkpoint.check_index()
     verified = read_values(plan) if verify_values else 0
+    compared = compare_with_originals(plan) if verify_values and not allow_different_base else 0
     ranks = [plan.rank(Rank(tp, ep, number)) for number in range(tp)]
     torn = fold(dict.fromkeys(name for rank in ranks for name in rank.torn))
     return {
@@ -46,6 +48,7 @@ def describe(
         "ep": ep,
         "file_bytes": plan.file_bytes,
         "verified_bytes": verified,
+        "compared_modules": compared,
         "bf16_bytes": plan.bf16_bytes,
         "warnings": list(plan.warnings),
         "fingerprint": plan.fingerprint,
@@ -75,7 +78,11 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
         )
     console.print(f"to read from disk: {human(report['file_bytes'])}", highlight=False)
     if report["verified_bytes"]:
-        console.print(f"values verified: {human(report['verified_bytes'])}", highlight=False)
+        console.print(
+            f"values verified: {human(report['verified_bytes'])}; modules compared with their 16-bit originals: "
+            f"{report['compared_modules']:,}",
+            highlight=False,
+        )
     warnings = list(report["warnings"])
     if torn := report["torn"]:
         more = f", and {len(torn) - 3} more" if len(torn) > 3 else ""

@@ -12,6 +12,7 @@ import torch
 from ..errors import InvalidValueError
 from . import tensor_specs
 from .base import ModuleFormat
+from .bit_stream import packing, unpack
 
 #: Local names of scales, whatever the format.
 SCALES = frozenset(
@@ -35,6 +36,8 @@ def check_values(local: str, tensor: torch.Tensor, module_format: ModuleFormat, 
         return
     if local == "weight_shape":
         _check_shape(local, tensor, module_format)
+    elif local == "qzeros" and getattr(module_format.parameters, "symmetric", False):
+        _check_zero_points(local, tensor, module_format)
     elif local in _GROUPS:
         _check_groups(local, tensor, module_format)
     elif local in SCALES:
@@ -51,6 +54,24 @@ def _check_shape(local: str, tensor: torch.Tensor, module_format: ModuleFormat) 
             rule=f"the weight is {list(module_format.shape)}",
             remedy=_AGAIN,
         )
+
+
+def _check_zero_points(local: str, words: torch.Tensor, module_format: ModuleFormat) -> None:
+    """Kernels of symmetric weights never look at zero points: others than the middle would be lost without a word."""
+    p, rows = module_format.parameters, module_format.shape[0]
+    middle = (1 << (p.bits - 1)) - p.zero_offset
+    filled = rows % packing(p.bits)[0] and words.shape != tensor_specs(module_format)[local].shape
+    if filled or not p.zero_offset_known:  # a part of the words may end in what only fills them
+        return
+    zeros = unpack(words, p.bits, 1)[:, :rows]
+    if bool((zeros == middle).all()):
+        return
+    raise InvalidValueError(
+        f"zero points from {int(zeros.min())} to {int(zeros.max())}",
+        tensor=local,
+        rule=f"config.json says sym: then every stored zero point is {middle}",
+        remedy='set "sym": false in quantization_config if the quantizer used zero points',
+    )
 
 
 def _check_groups(local: str, tensor: torch.Tensor, module_format: ModuleFormat) -> None:
