@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
 import json
 import shutil
+import threading
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,8 @@ from sglang_mixed.experts.balance import gini, top_share
 from sglang_mixed.experts.colors import HUES, ramp
 from tests.experts.synthetic import counts
 
-from .conftest import TINY, Server, http
+from .conftest import TINY, Server
+from .conftest import http as get
 
 MAP = TINY / "experts.yaml"
 FLAGS = ["--model-path", TINY / "bf16", "--enable-mixed-precision", "--mixed-precision-config", MAP]
@@ -70,7 +75,7 @@ def context(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Browse
     context.on("request", lambda asked: hosts.add(asked.url.split("/")[2] if asked.url.startswith("http") else ""))
     yield context
     context.close()
-    expected = ("401 (Unauthorized)", "ERR_INTERNET_DISCONNECTED")
+    expected = ("401 (Unauthorized)", "ERR_INTERNET_DISCONNECTED", "ERR_CONNECTION_REFUSED")
     assert [line for line in said if not line.endswith(expected)] == []
     assert all(host.startswith("127.0.0.1:") or not host for host in hosts)
 
@@ -111,7 +116,7 @@ def run(*arguments: str | Path) -> tuple[int, str]:
 
 
 def test_the_page_shows_what_the_server_counts_holds_and_was_told(page: Page, server: Server) -> None:
-    counted = http(f"{server.url}/mixed_precision/experts")
+    counted = get(f"{server.url}/mixed_precision/experts")
     total = np.array(counted["prefill"]) + np.array(counted["decode"])
     assert tokens(page) == total[0].sum() / counted["top_k"] > 0
     assert page.locator("#formats button").all_inner_texts() == [
@@ -124,7 +129,7 @@ def test_the_page_shows_what_the_server_counts_holds_and_was_told(page: Page, se
     assert details.startswith("Layer 1, expert 2") and f"{total[1, 2]:,} tokens" in details and "FP8 128x128" in details
     drawn = [float(one.get_attribute("data-value") or "nan") for one in page.locator("#balance [data-value]").all()]
     assert drawn == pytest.approx([*gini(total), *top_share(total)])
-    held = http(f"{server.url}/mixed_precision?modules=false")
+    held = get(f"{server.url}/mixed_precision?modules=false")
     assert page.locator("#by-format .bar").count() == len(held["by_format"])
     assert page.locator("#by-kind .label").all_inner_texts()[0] == "experts"
     for rule in counted["map"]["rules"]:
@@ -132,7 +137,7 @@ def test_the_page_shows_what_the_server_counts_holds_and_was_told(page: Page, se
 
 
 def test_cells_have_the_hue_of_their_format_and_a_pressed_format_stands_alone(page: Page, server: Server) -> None:
-    cells = http(f"{server.url}/mixed_precision/experts")["formats"]["cells"]
+    cells = get(f"{server.url}/mixed_precision/experts")["formats"]["cells"]
     for formats, colors in zip(cells, drawn_cells(page), strict=True):
         for format, color in zip(formats, colors, strict=True):
             assert np.abs(ramp(format) - color).max(axis=1).min() < 0.01
@@ -274,13 +279,40 @@ def test_a_server_that_wants_a_key_or_counts_nothing_says_so(guarded: Server) ->
     assert code == 1 and "HTTP 404" in output
 
 
+def test_a_server_that_is_asked_all_the_time_ends_when_it_is_told_to(context: BrowserContext, guarded: Server) -> None:
+    wait_for(guarded)
+    context.add_init_script(f"if (location.host) sessionStorage.setItem('sglang-mixed-api-key', {KEY!r})")
+    page = opened(context, guarded)
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                _get(guarded, "/mixed_precision/experts")
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    guarded.job.terminate()
+    guarded.job.wait(60)
+    for thread in threads:
+        thread.join()
+    page.evaluate("refresh()")
+    expect(page.locator("#notice")).to_contain_text("does not answer")
+
+
+def _get(server: Server, path: str) -> bytes:
+    request = urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return bytes(answer.read())
+
+
 def wait_for(server: Server) -> None:
     """`Server.wait` where every answer needs a key."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert server.job.poll() is None, server.log.read_text()
         try:
-            http(f"{server.url}/model_info")
+            get(f"{server.url}/model_info")
         except urllib.error.HTTPError as error:
             assert error.code == 401
             return

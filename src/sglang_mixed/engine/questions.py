@@ -5,6 +5,7 @@ A question travels as SGLang's own GetInternalStateReq, marked by its request id
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import operator
 import sys
@@ -20,6 +21,8 @@ from .ranks import gather
 
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 _MARK = "mixed_precision/"
+#: How often a question that waits looks whether the server is ending.
+_LOOK_SECONDS = 5
 
 
 class Question(StrEnum):
@@ -88,10 +91,19 @@ async def ask(question: Question) -> list[dict[str, Any]]:
     from sglang.srt.managers.io_struct import GetInternalStateReq
 
     manager().auto_create_handle_loop()
-    request = GetInternalStateReq(rid=_MARK + question)
-    answers = [answer.internal_state for answer in await manager().get_internal_state_communicator(request)]
+    answers = [answer.internal_state for answer in await _answers(GetInternalStateReq(rid=_MARK + question))]
     for answer in answers:
         for rank in answer.get("tensor_parallel_ranks", [answer]):
             if "error" in rank:
                 raise EngineError(f"a rank has no report: {rank['error']}")
     return sorted(answers, key=operator.itemgetter("data_parallel_rank"))
+
+
+async def _answers(request: Any) -> list[Any]:
+    asked = asyncio.ensure_future(manager().get_internal_state_communicator(request))
+    # A server that ends first stops its schedulers, and then waits for whoever still waits for their answers.
+    while not (await asyncio.wait({asked}, timeout=_LOOK_SECONDS))[0]:
+        if manager().gracefully_exit:
+            asked.cancel()
+            raise EngineError("the server is ending")
+    return asked.result()

@@ -1,6 +1,7 @@
 // The page: asks the server, keeps the last minute, and draws.
 
 const PERIOD = 2000; // milliseconds between two questions
+const PATIENCE = 15_000; // milliseconds to wait for an answer: a server that is ending may never give it
 const MINUTE = 60; // seconds that "last minute" looks back
 const TOLD = 20_000; // milliseconds that a notice of the past stays
 const KEY = "sglang-mixed-api-key";
@@ -15,7 +16,8 @@ class Refused extends Error {}
 /** Ask this server; the page's own address says where it is, behind any proxy. */
 async function ask(path) {
   const key = sessionStorage.getItem(KEY);
-  const answer = await fetch(path, { cache: "no-store", headers: key ? { Authorization: `Bearer ${key}` } : {} });
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const answer = await fetch(path, { cache: "no-store", headers, signal: AbortSignal.timeout(PATIENCE) });
   if (answer.status === 401 || answer.status === 403) throw new Refused();
   if (!answer.ok) throw new Error(`HTTP ${answer.status}, ${(await answer.text()).slice(0, 300)}`);
   return answer;
@@ -65,7 +67,7 @@ function fail(error) {
   page.away ||= Date.now();
   document.body.dataset.stale = "";
   setStatus("away", "no answer");
-  const what = error instanceof TypeError ? "The server does not answer" : `The server has no report: ${error.message}`;
+  const what = error instanceof TypeError || error.name === "TimeoutError" ? "The server does not answer" : `The server has no report: ${error.message}`;
   notice(`${what} (since ${new Date(page.away).toLocaleTimeString("en-GB")}). Asking again every ${PERIOD / 1000} s; what you see is the last answer.`);
 }
 
