@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from ..errors import CoverageError
-from ..formats import get_format
 from ..formats.base import TORCH_DTYPES
-from ..memory import ModuleBytes, module_kind
-from ..memory import memory_stats as totals
+from ..memory import rank_memory
 from ..plan import Plan
 from ..plan.families import is_embedding
 from ..stream import ReadLog, stream
+from .buffers import compute_buffers
 from .cache import DequantizationCache
 from .filling import Filling
 from .layout import lay_out
@@ -70,12 +68,12 @@ def load_plan(
     started = time.perf_counter()
     layout = lay_out(model, plan)
     device = torch.device(device) if device is not None else _device_of(model)
+    compute_buffers(model)
     filling = Filling(model, layout, dtype or _dtype_of(plan), cache)
     log = ReadLog()
-    for name, tensor in stream(plan.rank().reads(), log):
-        filling.receive(name, tensor)
+    for name, _ in stream(plan.rank().reads(), log, filling.destination, filling.receive):
+        raise AssertionError(f"{name} was not taken")
     filling.finish()
-    _compute_buffers(model)
     model.to(device).eval().requires_grad_(False)
     return LoadReport(memory_stats(model, plan), log.bytes_read, time.perf_counter() - started, filling.casts)
 
@@ -85,15 +83,7 @@ def memory_stats(model: torch.nn.Module, plan: Plan) -> dict[str, Any]:
 
     `weight_bytes` is measured on the storages. What the cache holds is not saved: `memory_saved_mb` is less by it.
     """
-    stats = totals(
-        ModuleBytes(
-            get_format(one.format.name).label(one.format.parameters),
-            module_kind(one.name),
-            plan.module_bytes(one),
-            plan.module_bf16_bytes(one),
-        )
-        for one in plan.modules.values()
-    )
+    stats = rank_memory(plan.rank())
     caches = {id(one.cache): one.cache for one in model.modules() if isinstance(one, CompressedModule) and one.cache}
     cache = next(iter(caches.values()), DequantizationCache()).stats()
     weight_bytes = _weight_bytes(model)
@@ -132,21 +122,3 @@ def _dtype_of(plan: Plan) -> torch.dtype:
 
 #: SGLang's short names.
 _DTYPES = {"half": "float16", "float": "float32"}
-
-
-def _compute_buffers(model: torch.nn.Module) -> None:
-    """Buffers that no checkpoint holds, such as rotary tables: those of a model built on `meta` are computed now."""
-    for name, module in model.named_modules():
-        left = [local for local, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        initialize = getattr(model, "_init_weights", None)
-        if not left:
-            continue
-        if initialize is None or next(module.parameters(), None) is not None:
-            raise CoverageError(
-                f"nothing tells the values of {name}.{left[0]}",
-                rule="a model on the meta device is filled from the checkpoints, and by transformers' own rules",
-                remedy="build the model on the CPU, where its constructor computes such buffers",
-            )
-        module.to_empty(device="cpu")
-        with torch.no_grad():
-            initialize(module)
