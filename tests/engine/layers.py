@@ -77,11 +77,22 @@ WRITERS: dict[str, Callable[[np.random.Generator, int, int], packers.Packed]] = 
     ),
 }
 
-#: Formats that no kernel of a GPU runs, in experts at least.
-UNSUPPORTED = {
+#: Formats that no kernel of SGLang runs, in experts at least; the last one ours does not run either.
+UNSUPPORTED: dict[str, Callable[[np.random.Generator, int, int], packers.Packed]] = {
     "gptq-3-bit": lambda rng, out, columns: packers.gptq(rng, out, columns, bits=3),
     "awq-32": lambda rng, out, columns: packers.awq(rng, out, columns, group=32),
+    "gptq-asymmetric-act-order": lambda rng, out, columns: packers.gptq(rng, out, columns, order="act", sym=False),
+    "int8-weight-only": lambda rng, out, columns: packers.eight_bit(
+        rng, (out, columns), (1, columns), (out, 1), weight_only("int"), integer=True
+    ),
+    "packed-24": lambda rng, out, columns: packers.packed(rng, out, columns, group=24),
 }
+
+
+def weight_only(kind: str) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": []}
 
 
 def write_experts(folder: Path, writer: str, *, intermediate: int, experts: int = 4, seed: int = 1) -> Path:

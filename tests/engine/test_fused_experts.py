@@ -12,9 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from sglang_mixed.checkpoint import open_checkpoint
 from sglang_mixed.checkpoint.fused_experts import LAYOUTS
-from sglang_mixed.engine.stock_methods import StockMethods
-from sglang_mixed.errors import UnsupportedError
-from sglang_mixed.plan import make_plan
 
 from .comparison import BOUND, REQUEST, largest_difference, random_prompts
 from .conftest import Engine
@@ -80,20 +77,6 @@ def test_over_ep_ranks_it_computes_what_it_does_on_one(tmp_path: Path) -> None:
     ]
     whole, shared = (engine.result()["answers"][0] for engine in engines)
     assert largest_difference(shared, whole) <= 1e-4
-
-
-def test_on_an_accelerator_experts_with_biases_are_refused_before_a_weight_is_read(tmp_path: Path) -> None:
-    write_family(tmp_path / "bf16", "gpt_oss")
-    (tmp_path / "map.yaml").write_text("mixed_precision: {bf16_path: bf16, weight_mapping: {}}\n")
-    rank = make_plan(tmp_path / "map.yaml").rank()
-    owner, modules = "model.layers.0.mlp.experts", rank.plan.modules
-    experts = [
-        tuple(modules[f"{owner}.{expert}.{name}"] for name in ("gate_proj", "up_proj", "down_proj"))
-        for expert in range(EXPERTS)
-    ]
-    with pytest.raises(UnsupportedError, match="experts with biases") as caught:
-        StockMethods(rank).experts(owner, experts)
-    assert caught.value.tensor == owner
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].model_type in LAYOUTS])

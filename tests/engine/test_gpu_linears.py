@@ -13,7 +13,7 @@ import torch
 from sglang_mixed.engine.file_tensors import FileTensors
 from sglang_mixed.engine.split_linear import SplitLinear
 from sglang_mixed.engine.stock_methods import StockMethods
-from sglang_mixed.errors import ParallelismError, UnsupportedError
+from sglang_mixed.errors import UnsupportedError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog, sha256, stream
 
@@ -168,26 +168,10 @@ def test_all_parts_decide_not_the_first(mapped: Mapped, formats: Mapping[str, st
     assert isinstance(method, SplitLinear) == splits
 
 
-def test_a_cut_inside_a_block_names_the_sizes_that_work(mapped: Mapped) -> None:
-    rank = mapped(o="fp8-wide").rank(Rank(4, 1, 1))
-    with pytest.raises(ParallelismError) as caught:
-        stock(rank).linear(f"{ATTENTION}.o_proj", parts(rank, "o"))
-    assert "--tp-size 4 gives a rank columns 64 to 128 of 256, inside a unit of FP8 128x128" in str(caught.value)
-    assert "choose --tp-size of 1, 2" in str(caught.value) and f"{ATTENTION}.o_proj" in str(caught.value)
-
-
-def test_a_share_that_no_tile_divides_names_the_sizes_that_work(mapped: Mapped) -> None:
-    rank = mapped(o="gptq-act-order").rank(Rank(4, 1, 1))
-    with loading(rank), pytest.raises(ParallelismError) as caught:
-        method = SplitLinear(parts(rank, "o"))
-        method.create_weights(torch.nn.Module(), 64, [HIDDEN], ROWS, HIDDEN, torch.bfloat16)
-    assert "--tp-size 4 leaves 128 x 64 of a GPTQ int4 g32 act-order weight of 128 x 256" in str(caught.value)
-    assert "64 rows and 128 columns" in str(caught.value) and "choose --tp-size of 1, 2," in str(caught.value)
-
-
 def test_formats_without_a_kernel_are_refused_at_once_and_by_name(mapped: Mapped) -> None:
-    rank = mapped(q="gptq-3-bit", k="gptq-3-bit", v="bf16").rank()
+    rank = mapped(q="packed-24", k="packed-24", v="bf16").rank()
     with pytest.raises(UnsupportedError) as caught:
         stock(rank)
-    assert "GPTQ int3 g32" in str(caught.value) and f"{ATTENTION}.k_proj" in str(caught.value)
-    assert "Marlin takes 4 bits, or 8 if symmetric, not 3" in str(caught.value)
+    assert "CT int4 g24" in str(caught.value) and f"{ATTENTION}.k_proj" in str(caught.value)
+    assert "Marlin takes groups of 32, 64, 128 or whole rows, not 24" in str(caught.value)
+    assert "the Triton kernel takes groups that are multiples of 16 columns, not 24" in str(caught.value)

@@ -1,14 +1,15 @@
 """MoE layers on an accelerator: one fused kernel per group of experts that are stored alike, outputs summed.
 
 Each group sees all tokens, with the ids of other groups' experts replaced by -1: shapes do not depend on the routing,
-nothing waits for the device, and CUDA graphs capture it as they capture SGLang's own layers.
+nothing waits for the device, and CUDA graphs capture it as they capture SGLang's own layers. Experts that SGLang has no
+kernel for are one group more, whatever their formats, on our own kernel (`decoded.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +19,19 @@ from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from ..errors import UnsupportedError
-from ..formats import get_format
 from ..formats.slicing import Range, Region
 from ..plan import PlannedModule
 from ..plan.fold import fold
 from ..plan.fused import are_alike
-from . import state
+from . import decoded, state
+from .decoded import DecodedExperts, label, tell, wishes
 from .expert_kernels import KERNELS, ExpertFormats, ExpertKernel, unit
 from .file_tensors import Converted, FileTensors
 from .moe import ExpertModules
 
-REMEDY = "give these experts' gate_proj, up_proj and down_proj to one source, or serve on the CPU"
+REMEDY = "map these experts to a source in another format, or serve on the CPU"
+#: What runs a group.
+Kind = Callable[[Sequence[ExpertModules], list[int], torch.dtype], "ExpertGroup | DecodedExperts"]
 
 
 class ExpertGroup(Converted):
@@ -38,7 +41,9 @@ class ExpertGroup(Converted):
         super().__init__()
         gate, _, down = experts[0]
         self.formats = ExpertFormats(gate.format, down.format)
-        self.kernel, self.numbers, self._dtype = choose_kernel(experts), numbers, dtype
+        kernel = choose_kernel(experts)
+        assert kernel is not None
+        self.kernel, self.numbers, self._dtype = kernel, numbers, dtype
         (begin, end), room = _share(down), _room(experts[0], self.formats, self.kernel)
         self._kept: Range = (begin - room[0], end - room[0])
         hidden = (0, down.format.shape[0])
@@ -77,7 +82,7 @@ class MixedMoE(FusedMoEMethodBase):
     def __init__(self, prefix: str, experts: Sequence[ExpertModules]) -> None:
         self._prefix, self._experts = prefix, experts
         self.runner = None
-        self.groups: list[ExpertGroup] = []
+        self.groups: list[ExpertGroup | DecodedExperts] = []
 
     def create_weights(
         self,
@@ -91,8 +96,8 @@ class MixedMoE(FusedMoEMethodBase):
         """One child module a group, in which every local expert's tensors have their places."""
         check_experts(self._prefix, self._experts, num_experts, bool(extra_weight_attrs.get("with_bias")))
         ids = torch.full((0, num_experts + 1), -1, dtype=torch.int32)
-        for number, members in enumerate(group_experts(self._experts)):
-            group = ExpertGroup([self._experts[member] for member in members], members, params_dtype)
+        for number, (kind, members) in enumerate(share_out(self._experts)):
+            group = kind([self._experts[member] for member in members], members, params_dtype)
             row = torch.full((1, num_experts + 1), -1, dtype=torch.int32)
             row[0, members] = torch.arange(len(members), dtype=torch.int32)
             ids = torch.cat([ids, row])
@@ -141,46 +146,77 @@ def group_experts(experts: Sequence[ExpertModules]) -> list[list[int]]:
     return groups
 
 
-def choose_kernel(experts: Sequence[ExpertModules]) -> ExpertKernel:
-    """The kernel that runs these experts, which are stored alike. Raises UnsupportedError where there is none."""
+def share_out(experts: Sequence[ExpertModules]) -> list[tuple[Kind, list[int]]]:
+    """Groups of experts and what runs each; all experts are in one. Raises UnsupportedError where nothing can."""
+    groups = group_experts(experts)
+    wish = wishes()
+    # SGLang's kernels of compressed formats add no biases.
+    biased = any(module.bias for expert in experts for module in expert)
+    takes_all = biased or wish == "all" or (wish == "mixed" and len(groups) > 1)
+    found: list[tuple[Kind, list[int]]] = []
+    rest: list[int] = []
+    for members in groups:
+        alike = [experts[member] for member in members]
+        if takes_all or choose_kernel(alike) is None:
+            check_decoded(alike)
+            rest += members
+        else:
+            found.append((ExpertGroup, members))
+    return [*found, (DecodedExperts, sorted(rest))] if rest else found
+
+
+def choose_kernel(experts: Sequence[ExpertModules]) -> ExpertKernel | None:
+    """SGLang's kernel for these experts, which are stored alike; None where it has none."""
     gate, up, down = experts[0]
     formats = ExpertFormats(gate.format, down.format)
-    reasons = {kernel.backend.value: kernel.why_not(formats) for kernel in KERNELS}
     alike = are_alike(gate.format, up.format)
-    for kernel in KERNELS:
-        if alike and reasons[kernel.backend.value] is None:
-            return kernel
-    labels = [get_format(one.format.name).label(one.format.parameters) for one in experts[0]]
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise UnsupportedError(
-        f"no kernel of SGLang runs experts of {', '.join(dict.fromkeys(labels))} (gate, up and down)",
-        tensor=", ".join(fold(module.name for expert in experts for module in expert)),
-        rule=why if alike else "SGLang's kernels read gate and up as one matrix",
-        remedy=REMEDY,
-    )
+    return next((kernel for kernel in KERNELS if alike and kernel.why_not(formats) is None), None)
+
+
+def check_decoded(experts: Sequence[ExpertModules]) -> None:
+    """Say why our own kernel runs these experts, stored alike. Raises UnsupportedError where it cannot either."""
+    gate, up, down = experts[0]
+    formats = ExpertFormats(gate.format, down.format)
+    labels = ", ".join(dict.fromkeys(label(one.format) for one in experts[0]))
+    why = [f"{kernel.backend.value}: {reason}" for kernel in KERNELS if (reason := kernel.why_not(formats))]
+    if not are_alike(gate.format, up.format):
+        why = ["SGLang's kernels read gate and up as one matrix"]
+    if reasons := [reason for one in experts[0] if (reason := decoded.why_not(one.format))]:
+        raise UnsupportedError(
+            f"no kernel runs experts of {labels} (gate, up and down)",
+            tensor=", ".join(fold(module.name for expert in experts for module in expert)),
+            rule="; ".join(dict.fromkeys(why + reasons)),
+            remedy=REMEDY,
+        )
+    tell(f"experts of {labels}", "; ".join(why) or "as wished or for their biases")
 
 
 def check_experts(prefix: str, experts: Sequence[ExpertModules], num_experts: int, with_bias: bool) -> None:
     """Raise UnsupportedError unless the plan's experts of this rank are all that the engine asks for."""
-    biased = with_bias or any(module.bias for expert in experts for module in expert)
-    if num_experts != len(experts) or biased:
+    biased = [module.bias is not None for expert in experts for module in expert]
+    if num_experts != len(experts) or set(biased) != {with_bias}:
         raise UnsupportedError(
-            f"the engine asks for {num_experts} experts{' with biases' if biased else ''} on this rank, "
-            f"the plan gives it {len(experts)}",
+            f"the engine asks for {num_experts} experts with{'' if with_bias else 'out'} biases on this rank, "
+            f"the plan gives it {len(experts)}, with biases in {biased.count(True)} of their matrices",
             tensor=prefix,
-            rule="experts are shared out in equal runs, none redundant or fused, and have no biases",
+            rule="experts are shared out in equal runs, none redundant or fused; all have biases or none has",
         )
 
 
-def check_activation(prefix: str, groups: Sequence[ExpertGroup], config: Any) -> None:
+def check_activation(prefix: str, groups: Sequence[ExpertGroup | DecodedExperts], config: Any) -> None:
     """Raise UnsupportedError where a group's kernel does not compute what the model asks for."""
     needed = [key for key in ("no_combine", "apply_router_weight_on_input") if getattr(config, key, False)]
-    marlin = any(group.kernel.backend.is_marlin() for group in groups)
-    if needed or not config.is_gated or (marlin and config.activation != "silu"):
+    marlin = any(isinstance(group, ExpertGroup) and group.kernel.backend.is_marlin() for group in groups)
+    activations = ("silu",) if marlin else ("silu", "gelu")
+    if any(isinstance(group, DecodedExperts) for group in groups):
+        needed += [key for key in ("swiglu_limit",) if getattr(config, key, None)]
+        if config.gemm1_clamp_limit is not None and config.gemm1_alpha is None:
+            needed.append("gemm1_clamp_limit")
+    if needed or not config.is_gated or config.activation not in activations:
         raise UnsupportedError(
             f"this model's experts need {', '.join(needed) or f'{config.activation} (gated: {config.is_gated})'}",
             tensor=prefix,
-            rule="groups of experts are gated and add up; Marlin computes SiLU only",
+            rule="groups of experts are gated and add up; Marlin computes SiLU only, others GELU and GPT-OSS's as well",
             remedy="map all experts of the layer to one 16-bit source",
         )
 

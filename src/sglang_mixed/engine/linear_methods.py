@@ -11,10 +11,10 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from ..errors import ParallelismError, UnsupportedError
-from ..formats import ModuleFormat, get_format
+from ..errors import UnsupportedError
+from ..formats import ModuleFormat
 from ..plan import PlannedModule
-from . import marlin, state
+from . import decoded, marlin, state
 from .expert_kernels import row_scales
 
 Tensors = dict[str, torch.Tensor]
@@ -35,37 +35,40 @@ class LinearRecipe:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of `create_weights`
 
 
-def recipe_for(parts: Sequence[PlannedModule], rows: Sequence[int], columns: int) -> LinearRecipe:
-    """The recipe for parts that are one matrix of this size on this rank.
+def needs_decoding(parts: Sequence[PlannedModule], rows: Sequence[int]) -> bool:
+    """Whether our own kernel must run parts that could be one matrix; says so, and why.
 
-    Raises UnsupportedError where SGLang has no kernel for it, ParallelismError where it has none for this rank's share.
+    Raises UnsupportedError where that cannot either.
     """
-    module_format, names = parts[0].format, ", ".join(part.name for part in parts)
-    label = get_format(module_format.name).label(module_format.parameters)
-    shape = sum(part.format.shape[0] for part in parts), module_format.shape[1]
-    if reason := why_not(module_format) or _why_not_shape(module_format, *shape):
-        raise UnsupportedError(f"SGLang has no kernel here for {label}", tensor=names, rule=reason, remedy=REMEDY)
-    if reason := _why_not_shape(module_format, sum(rows), columns):
-        ways = state.current_loading().plan.rank.tp
-        is_cut = sum(rows) < shape[0], columns < shape[1]
-        shares = {
-            n: [size // n if cut else size for size, cut in zip(shape, is_cut, strict=True)] for n in range(1, ways)
-        }
-        fitting = [str(n) for n, share in shares.items() if ways % n == 0 and not _why_not_shape(module_format, *share)]
-        raise ParallelismError(
-            f"--tp-size {ways} leaves {sum(rows)} x {columns} of a {label} weight of {shape[0]} x {shape[1]}",
-            tensor=names,
-            rule=reason,
-            remedy=f"choose --tp-size of {', '.join(fitting)}, or {REMEDY}",
+    planned = state.current_loading().plan.parts
+    module_format, columns = parts[0].format, planned[parts[0].name].format.shape[1]
+    label = decoded.label(module_format)
+    reason = why_not(module_format) or _why_not_shape(module_format, sum(rows), columns)
+    if not all(planned[part.name].is_exact for part in parts):
+        reason = (
+            reason or "SGLang's kernels run whole blocks, groups and words, and this rank's share ends inside of one"
         )
-    return _recipe(module_format)
+    if reason and (ours := decoded.why_not(module_format)):
+        raise UnsupportedError(
+            f"no kernel here runs {label}",
+            tensor=", ".join(part.name for part in parts),
+            rule=f"{reason}; {ours}",
+            remedy=REMEDY,
+        )
+    if reason:
+        decoded.tell(label, reason)
+    return bool(reason)
 
 
 def why_not(module_format: ModuleFormat) -> str | None:
-    """Why no linear method runs weights of this format; None where one does."""
+    """Why no linear method of SGLang runs weights of this format; None where one does."""
     p = module_format.parameters
-    if module_format.name in ("plain", "int8"):
+    if module_format.name == "plain":
         return None
+    if module_format.name == "int8":
+        return (
+            None if p.activations else "SGLang's INT8 kernel quantizes activations, which these weights do not ask for"
+        )
     if module_format.name == "fp8":
         odd = p.block and any(size < 32 or size & (size - 1) for size in p.block)
         return f"FP8 blocks are of powers of two from 32 on, not {p.block[0]}x{p.block[1]}" if odd else None
@@ -85,7 +88,8 @@ def _why_not_shape(module_format: ModuleFormat, rows: int, columns: int) -> str 
     return f"Marlin takes multiples of {MARLIN_ROWS} rows and {MARLIN_COLUMNS} columns, not {rows} x {columns}"
 
 
-def _recipe(module_format: ModuleFormat) -> LinearRecipe:
+def recipe_for(module_format: ModuleFormat) -> LinearRecipe:
+    """The recipe for a matrix that needs no decoding of ours."""
     p = module_format.parameters
     if module_format.name == "plain":
         return LinearRecipe(lambda _: UnquantizedLinearMethod(), _plain)

@@ -1,6 +1,7 @@
 """Linear layers on an accelerator whose parts are stored differently: one of SGLang's methods per run of parts.
 
 Neighbouring parts that agree stay one matrix. Each run costs a kernel launch, and all but the first a concatenation.
+What SGLang has no method for runs on our own kernel, part by part (`decoded.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from ..formats.fusion import fuse
 from ..plan import PlannedModule
 from ..plan.fused import are_alike
 from . import state
+from .decoded import DecodedRun
 from .file_tensors import Converted, FileTensors
 from .linear import check_shape
-from .linear_methods import LinearRecipe, recipe_for
+from .linear_methods import LinearRecipe, needs_decoding, recipe_for
 
 
 class LinearRun(Converted):
@@ -31,7 +33,7 @@ class LinearRun(Converted):
         self._sizes, self._dtype, self.parts = sizes, dtype, parts
         self._columns = planned[parts[0].name].format.shape[1]
         self._whole_columns = parts[0].format.shape[1]
-        self._recipe: LinearRecipe = recipe_for(parts, sizes, self._columns)
+        self._recipe: LinearRecipe = recipe_for(parts[0].format)
         self.file_tensors = FileTensors([parts], [planned[part.name].held for part in parts], dtype)
         # What SGLang's methods put their parameters on. Its loader must not find a method here: `convert` calls it.
         self.matrix = LinearBase(self._columns, sum(sizes), params_dtype=dtype)
@@ -78,7 +80,7 @@ class SplitLinear(LinearMethodBase):
 
     def __init__(self, parts: list[PlannedModule]) -> None:
         self._parts = parts
-        self.runs: list[LinearRun] = []
+        self.runs: list[LinearRun | DecodedRun] = []
 
     def create_weights(
         self,
@@ -92,10 +94,14 @@ class SplitLinear(LinearMethodBase):
     ) -> None:
         """One child module a run, in which every part's tensors have their places; the bias stays the layer's."""
         check_shape(self._parts, output_partition_sizes, input_size_per_partition)
-        for number, (begin, end) in enumerate(runs_of(self._parts)):
+        for begin, end in runs_of(self._parts):
             parts = self._parts[begin:end]
-            run = LinearRun(parts, [_rows(part) for part in parts], params_dtype)
-            self.runs.append(run)
+            rows = [_rows(part) for part in parts]
+            if needs_decoding(parts, rows):
+                self.runs += [DecodedRun(part, params_dtype) for part in parts]
+            else:
+                self.runs.append(LinearRun(parts, rows, params_dtype))
+        for number, run in enumerate(self.runs):
             layer.add_module(f"run_{number}", run)
         # Some models look at the dtype of a layer's weight.
         layer.weight = torch.empty(0, dtype=params_dtype)

@@ -1,0 +1,172 @@
+"""Weights that our own Triton kernels multiply by: what no kernel of SGLang runs, or not together.
+
+They take any mix of formats in one launch, and any cut: of a unit that a rank shares with another it holds all, and
+computes its own part.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+
+from ..checkpoint import join
+from ..errors import EngineError
+from ..formats import ModuleFormat, get_format
+from ..formats.base import TORCH_DTYPES
+from ..kernels.grouped.arrange import arrange
+from ..kernels.grouped.codec import codec_of, why_not
+from ..kernels.grouped.table import Weight
+from ..plan import Part, PlannedModule
+from . import state
+from .file_tensors import Converted, FileTensors, StockTensor, TensorPlace
+from .ledger import Line
+from .moe import ExpertModules
+
+__all__ = ["GROUPED_EXPERTS", "DecodedExperts", "DecodedRun", "tell", "why_not", "wishes"]
+
+logger = logging.getLogger(__name__)
+
+#: Which experts run on the grouped Triton kernel: those of no other kernel ("needed"), those of layers that mix
+#: ("mixed"), or all but those of 16-bit layers ("all").
+GROUPED_EXPERTS = "SGLANG_MIXED_GROUPED_EXPERTS"
+WISHES = ("needed", "mixed", "all")
+#: What static activations are scaled by; a kernel that does not quantize them has no use for it.
+STATIC = ("input_scale", "input_global_scale")
+
+
+class DecodedExperts(Converted):
+    """Experts of any formats, in one launch. `numbers` are their places among this rank's experts."""
+
+    def __init__(self, experts: Sequence[ExpertModules], numbers: list[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.numbers, self._count = numbers, len(experts)
+        parts = state.current_loading().plan.parts
+        sets: dict[tuple[int, ModuleFormat, Part], list[int]] = {}
+        for number, expert in enumerate(experts):
+            for role, module in enumerate(expert):
+                sets.setdefault((role, module.format, parts[module.name]), []).append(number)
+        self._sets = [(role, part, members) for (role, _, part), members in sets.items()]
+        for number, (role, part, members) in enumerate(self._sets):
+            files = FileTensors([[experts[member][role]] for member in members], [part.held], dtype)
+            self.add_module(f"files_{number}", files)
+        self._biases = ExpertBiases(experts, dtype) if experts[0][0].bias else None
+        (rows, columns) = parts[experts[0][2].name].wanted
+        self._hidden, self._width = rows[1] - rows[0], columns[1] - columns[0]
+        self._activation: tuple[Any, ...] = ()
+        self._factor = 1.0
+
+    def create_runner(self, config: Any, num_experts: int) -> None:
+        """Note what SGLang's runner would do between the products and after them."""
+        self._activation = ("silu" if config.gemm1_alpha is None else "swiglu",)
+        if config.gemm1_alpha is not None:
+            self._activation = ("swiglu", config.gemm1_alpha, config.gemm1_clamp_limit)
+        elif config.activation != "silu":
+            self._activation = (config.activation,)
+        self._factor = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
+
+    def prepare(self) -> None:
+        """The files' layout gives way to the kernel's, set by set; what is not narrower than a byte stays in place."""
+        from ..kernels.grouped.experts import Activation, ExpertWeights, GroupedExperts
+
+        found: list[dict[int, Weight]] = [{} for _ in range(self._count)]
+        for number, ((role, part, members), files) in enumerate(zip(self._sets, self.files, strict=False)):
+            codec, tensors = _arranged(self, files, part, f"_{number}")
+            for place, member in enumerate(members):
+                bias = self._biases.of(role, member) if self._biases else None
+                found[member][role] = Weight(codec, {name: one[place] for name, one in tensors.items()}, bias)
+        experts = [ExpertWeights(one[0], one[1], one[2]) for one in found]
+        self._layer = GroupedExperts(experts, self._hidden, self._width, Activation(*self._activation), self._factor)
+        self.note_padding()
+
+    def run(self, dispatch_output: StandardDispatchOutput, ids: torch.Tensor) -> torch.Tensor:
+        """Weighted sums [tokens, hidden] over these experts; ids [tokens, top-k] count within them or are -1."""
+        return self._layer.run(dispatch_output.hidden_states, dispatch_output.topk_output.topk_weights, ids)
+
+
+class ExpertBiases(FileTensors):
+    """Biases of experts in the activations' dtype: one parameter for each of gate, up and down, [experts, rows].
+
+    Of ranks that add up an expert's output, only the first holds down's as it is; the others' count for nothing.
+    """
+
+    def __init__(self, experts: Sequence[ExpertModules], dtype: torch.dtype) -> None:
+        torch.nn.Module.__init__(self)
+        self.tensors: dict[str, StockTensor] = {}
+        self._implied: set[str] = set()
+        loading = state.current_loading()
+        rank = loading.plan.rank
+        self._adds_down = rank.number % rank.expert_tp == 0
+        for role, name in enumerate(("gate", "up", "down")):
+            begin, end = loading.plan.parts[experts[0][role].name].wanted.rows
+            parameter = torch.nn.Parameter(torch.zeros(len(experts), end - begin, dtype=dtype), requires_grad=False)
+            self.register_parameter(name, parameter)
+            for number, module in enumerate(expert[role] for expert in experts):
+                assert module.bias is not None
+                tensor = StockTensor(parameter, (number,), (end - begin,), TORCH_DTYPES[module.bias])
+                self.tensors[join(module.name, "bias")] = tensor
+                place = TensorPlace(module, "bias", loading.plan.parts[module.name], tensor)
+                loading.expect(Line(module.name, None, None, "bias"), join(module.name, "bias"), place)
+
+    def of(self, role: int, expert: int) -> torch.Tensor | None:
+        """What is added to an expert's product on this rank."""
+        return list(self.parameters())[role].data[expert] if role < 2 or self._adds_down else None
+
+
+class DecodedRun(Converted):
+    """One part of a linear layer."""
+
+    def __init__(self, part: PlannedModule, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts = [part]
+        self._part = state.current_loading().plan.parts[part.name]
+        self.file_tensors = FileTensors([[part]], [self._part.held], dtype)
+
+    def convert(self) -> None:
+        """The files' layout gives way to the kernel's."""
+        from ..kernels.grouped.linear import DecodedLinear
+
+        codec, tensors = _arranged(self, self.file_tensors, self._part)
+        rows, columns = (end - begin for begin, end in self._part.wanted)
+        self._linear = DecodedLinear(Weight(codec, {name: one[0] for name, one in tensors.items()}), rows, columns)
+        self.note_padding()
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., in] -> [..., out of this part]."""
+        return self._linear.run(x, bias)
+
+
+def wishes() -> str:
+    """The operator's choice among `WISHES`. Raises EngineError for any other word."""
+    wish = os.environ.get(GROUPED_EXPERTS) or WISHES[0]
+    if wish not in WISHES:
+        raise EngineError(
+            f"{GROUPED_EXPERTS}={wish}", rule=f"one of {', '.join(WISHES)}", remedy="correct the environment variable"
+        )
+    return wish
+
+
+@functools.cache  # one line in the log for all layers alike
+def tell(label: str, reason: str) -> None:
+    """Say which weights run on the Triton kernel, and why."""
+    logger.info("mixed precision: %s: our Triton kernel (%s)", label, reason)
+
+
+def label(module_format: ModuleFormat) -> str:
+    """A format's human name."""
+    return get_format(module_format.name).label(module_format.parameters)
+
+
+def _arranged(
+    holder: Converted, files: FileTensors, part: Part, suffix: str = ""
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    tensors = files.take()
+    holder.adopt({f"{name}{suffix}": tensors.pop(name) for name in STATIC if name in tensors})
+    codec, found = arrange(tensors, part.format, codec_of(part.format, part.held, part.wanted))
+    holder.adopt({f"{name}{suffix}": tensor for name, tensor in found.items()})
+    return codec, found
