@@ -96,3 +96,25 @@ def plan(
             allow_different_base=allow_different_base,
         )
         print(json.dumps(report, indent=2)) if as_json else render(report)
+
+
+@loop.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compare(
+    context: typer.Context,
+    one: Annotated[str, typer.Argument(metavar="A", help="A server's address, or a map or checkpoint to serve.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    text: Annotated[Path, typer.Option(help="The text that both predict.")],
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to read.")] = 8192,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 256,
+    top: Annotated[int, typer.Option(min=1, help="Likeliest tokens to compare; the others count as one.")] = 128,
+    api_key: Annotated[str | None, typer.Option(help="The servers' key.")] = None,
+    picture: Annotated[Path | None, typer.Option("--png", help="The comparison as a picture.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what B predicts otherwise than A, and what it saves; further flags are SGLang's, for maps served here."""
+    with reported():
+        from .compare import render, run
+
+        given, flags = (one, other), tuple(context.args)
+        report = run(given, text, tokens=tokens, window=window, top=top, api_key=api_key, picture=picture, flags=flags)
+        print(json.dumps(report, indent=2)) if as_json else render(report)
