@@ -6,6 +6,7 @@ One process, no server: what a scheduler sets up before it loads a model is set 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import socket
 from collections.abc import Callable
@@ -115,12 +116,12 @@ def ensure_parallel_state(model_config: Any, device: str) -> None:
         return
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.runtime_context import publish
-    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
     arguments = ServerArgs(model_path=model_config.model_path, quantization=NAME, device=device)
-    publish(arguments, role="weight_cache_daemon")
-    initialize_moe_config()
+    set_global_server_args_for_scheduler(arguments)
+    # Until 0.5.17 it wants the arguments, which later versions find by themselves.
+    initialize_moe_config(*[arguments][: len(inspect.signature(initialize_moe_config).parameters)])
     parallel_state.init_distributed_environment(
         backend="gloo" if device == "cpu" else "nccl",
         world_size=1,
