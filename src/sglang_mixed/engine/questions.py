@@ -22,7 +22,7 @@ from .ranks import gather
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 _MARK = "mixed_precision/"
 #: How often a question that waits looks whether the server is ending.
-_LOOK_SECONDS = 5
+_LOOK_SECONDS = 1
 
 
 class Question(StrEnum):

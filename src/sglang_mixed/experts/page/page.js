@@ -8,7 +8,10 @@ const KEY = "sglang-mixed-api-key";
 const byId = (id) => document.getElementById(id);
 
 const page = { report: null, memory: null, history: [], timer: 0, busy: false, away: 0, told: 0 };
-const map = new HeatMap(byId("heat"), byId("heat-layers"), byId("heat-scroll"), drawDetails);
+const map = new HeatMap(byId("heat"), byId("heat-layers"), byId("heat-scroll"), (row, expert) => {
+  byId("details").ariaLive = "polite";
+  drawDetails(row, expert);
+});
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 
 class Refused extends Error {}
@@ -26,27 +29,30 @@ async function ask(path) {
 async function refresh() {
   if (page.busy || document.hidden || byId("key").open) return;
   page.busy = true;
+  const asked = Date.now();
   try {
-    const [report, memory] = await Promise.all(
-      ["experts", "../mixed_precision?modules=false"].map(async (path) => (await ask(path)).json()),
-    );
-    receive(report, memory);
+    const report = await (await ask("experts")).json();
+    const restarted = page.report !== null && page.report.since !== report.since;
+    // What weights take never changes while a server runs, and is work for it to tell.
+    if (!page.memory || page.away || restarted) {
+      page.memory = await (await ask("../mixed_precision?modules=false")).json();
+    }
+    receive(report, restarted);
   } catch (error) {
     fail(error);
   } finally {
     page.busy = false;
     clearTimeout(page.timer);
-    page.timer = setTimeout(refresh, PERIOD);
+    page.timer = setTimeout(refresh, Math.max(PERIOD, 10 * (Date.now() - asked)));
   }
 }
 
-function receive(report, memory) {
-  const restarted = page.report?.since !== undefined && page.report.since !== report.since;
+function receive(report, restarted) {
   if (restarted) page.history = [];
   if (page.away || Date.now() > page.told + TOLD) notice("");
   if (restarted) notice(`Counting began again at ${clock(report.since)}: the server was restarted or its counts were reset.`);
   page.away = 0;
-  Object.assign(page, { report, memory });
+  page.report = report;
   delete document.body.dataset.stale;
   setStatus("live", "live");
   if (report.state === "counting") {
@@ -68,7 +74,7 @@ function fail(error) {
   document.body.dataset.stale = "";
   setStatus("away", "no answer");
   const what = error instanceof TypeError || error.name === "TimeoutError" ? "The server does not answer" : `The server has no report: ${error.message}`;
-  notice(`${what} (since ${new Date(page.away).toLocaleTimeString("en-GB")}). Asking again every ${PERIOD / 1000} s; what you see is the last answer.`);
+  notice(`${what} (since ${new Date(page.away).toLocaleTimeString("en-GB")}). What you see is its last answer; the page keeps asking.`);
 }
 
 function setStatus(state, text) {
@@ -112,6 +118,8 @@ function drawCounts() {
   const minute = chosen("window") === "minute";
   map.show(tokens, report.layers, report.formats?.cells ?? null);
   drawLegends();
+  // Whoever listens hears of a cell once, not at every answer.
+  byId("details").ariaLive = "off";
   if (map.selected) drawDetails(...map.selected);
   drawBalance(byId("balance"), report.layers, tokens);
   drawBalanceText(tokens);
