@@ -25,6 +25,15 @@ from .patterns import Pattern, parse_pattern
 from .yaml_lines import Document, read_yaml
 
 SECTION = "mixed_precision"
+_RULE = "the sections are mixed_precision (NAME_path, default, weight_mapping), inference and server, each a mapping"
+_RULES = {
+    (
+        SECTION,
+    ): "NAME_path is a path, default and what weight_mapping maps to are names of sources: quote what YAML takes "
+    "for something else (no, on, 1)",
+    ("inference",): "max_seq_length and max_batch_size are whole numbers from 1, dtype and device_map names",
+    ("server",): "port is a whole number up to 65535, max_workers one from 1, host a name",
+}
 USUAL_SOURCES = ("fp16_path", "bf16_path", "fp8_path", "int8_path", "int4_path", "gptq_int4_path", "awq_int4_path")
 
 
@@ -261,4 +270,6 @@ def _unknown_key(document: Document, keys: tuple[str, ...], known: Any) -> Unkno
 
 
 def _syntax(document: Document, what: str, *keys: str) -> MapSyntaxError:
-    return MapSyntaxError(what, file=document.file, line=document.line(*keys) if keys else None)
+    return MapSyntaxError(
+        what, file=document.file, line=document.line(*keys) if keys else None, rule=_RULES.get(keys[:1], _RULE)
+    )

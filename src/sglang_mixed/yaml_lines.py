@@ -40,7 +40,8 @@ def read_yaml(file: Path) -> Document:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = f"not YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
-        raise MapSyntaxError(what, file=file, line=mark.line + 1 if mark else None) from None
+        rule = "a map is one document of YAML"
+        raise MapSyntaxError(what, file=file, line=mark.line + 1 if mark else None, rule=rule) from None
     lines: dict[tuple[str, ...], int] = {}
     if not isinstance(node, yaml.MappingNode):
         raise MapSyntaxError("the file is not a mapping", file=file, rule="the top level is a mapping of sections")
@@ -56,7 +57,7 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise MapSyntaxError(f"not UTF-8 text: {error.reason}", file=file) from None
+        raise MapSyntaxError(f"not text: {error.reason}", file=file, rule="a map is text in UTF-8") from None
 
 
 def _check_events(file: Path, text: str) -> None:
@@ -91,14 +92,21 @@ class _Converter:
         try:
             return self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
-            raise MapSyntaxError(f"not a plain value: {error}", file=self._file, line=_line(node)) from None
+            what = f"not a plain value: {error}"
+            raise MapSyntaxError(what, file=self._file, line=_line(node), rule="values are plain") from None
 
     def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line, key = _line(key_node), self.convert(key_node, path)
             if not isinstance(key, str):
-                raise MapSyntaxError(f"the key {key!r} is not text", file=self._file, line=line)
+                raise MapSyntaxError(
+                    f"the key {key!r} is not text",
+                    file=self._file,
+                    line=line,
+                    rule="keys are text: YAML takes yes, no, on, off and numbers for something else",
+                    remedy="put it in quotes",
+                )
             if key in values:
                 first = self._lines[(*path, key)]
                 raise MapSyntaxError(

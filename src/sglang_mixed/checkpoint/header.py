@@ -136,7 +136,12 @@ def read_header(path: Path) -> Shard:
 def _header_length(path: Path, start: bytes, size: int) -> int:
     length = int.from_bytes(start, "little")
     if start == b"version ":
-        raise HeaderError("the file is a Git LFS pointer, not a checkpoint", file=path, remedy="run: git lfs pull")
+        raise HeaderError(
+            "the file is a Git LFS pointer, not a checkpoint",
+            file=path,
+            rule="a safetensors file starts with the length of its header",
+            remedy="run: git lfs pull",
+        )
     if len(start) < 8:
         raise TruncatedFileError(
             f"the file has {size} bytes",

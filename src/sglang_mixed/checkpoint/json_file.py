@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from .opening import readable
 
 AGAIN = "download it again"
+_OBJECT = "the file is one JSON object in UTF-8"
 #: Fields of config.json that are counted with; null and absent are the same.
 _COUNTS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "num_hidden_layers", "hidden_size"),
@@ -35,9 +36,9 @@ def read_object(file: Path, bound: int) -> dict[str, Any]:
     try:
         value = from_json(raw, cache_strings="none")
     except ValueError as error:
-        raise CheckpointError(f"{file.name} is not JSON: {error}", file=file, remedy=AGAIN) from None
+        raise CheckpointError(f"{file.name} is not JSON: {error}", file=file, rule=_OBJECT, remedy=AGAIN) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file.name} is not a JSON object", file=file, remedy=AGAIN)
+        raise CheckpointError(f"{file.name} is not a JSON object", file=file, rule=_OBJECT, remedy=AGAIN)
     # A key that stands twice leaves a comma more than what is left of the file takes.
     if _count_commas(raw) != _commas(value) and (twice := _first_twice(raw)):
         raise CheckpointError(

@@ -22,14 +22,15 @@ class Modules(Mapping[str, Tensors]):
     def _group(self, shards: Sequence[Shard]) -> dict[str, int]:
         """Walk the names as an automaton: a module's kind and the next tensor give the module's new kind."""
         kinds: dict[str, int] = {}
-        following: dict[tuple[int, int], int] = {}
+        #: Kind -> next tensor's part -> kind. The identity is safe as a key: the shards keep every part alive.
+        following: list[dict[int, int]] = [{}]
         for shard in shards:
             for module, part in zip(shard.modules, shard.parts, strict=True):
-                # The identity is safe as a key: the shards keep every part alive.
-                step = kinds.get(module, 0), id(part)
-                kind = following.get(step)
+                before = kinds.get(module, 0)
+                kind = following[before].get(id(part))
                 if kind is None:
-                    kind = following[step] = self._extend(step[0], shard, module, part)
+                    kind = following[before][id(part)] = self._extend(before, shard, module, part)
+                    following.append({})
                 kinds[module] = kind
         return kinds
 

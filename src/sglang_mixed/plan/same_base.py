@@ -131,7 +131,8 @@ def _places(module: str, entry: Entry) -> Iterator[tuple[int, int]]:
 
 def _difference(module: str, ours: Sample, theirs: Sample) -> Difference | None:
     one, two = _floats(*ours), _floats(*theirs)
-    excess = np.abs(one - two) - (RELATIVE * np.abs(two) + ABSOLUTE)
+    with np.errstate(invalid="ignore"):  # an infinity less an infinity
+        excess = np.abs(one - two) - (RELATIVE * np.abs(two) + ABSOLUTE)
     excess = np.where(np.isnan(excess) & ~(np.isnan(one) & np.isnan(two)), np.inf, excess)
     worst = int(np.nanargmax(excess)) if not np.isnan(excess).all() else 0
     return Difference(module, float(one[worst]), float(two[worst])) if excess[worst] > 0 else None
