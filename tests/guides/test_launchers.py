@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sglang_mixed.cli.nodes import Place, place_of
-from sglang_mixed.cli.serve import parse_address
+from sglang_mixed.cli.serve import Launch, parse_address
 from sglang_mixed.errors import ParallelismError, UnsupportedError
 from sglang_mixed.preflight import check_devices
 
@@ -45,7 +45,7 @@ def answer(job: Job, log: Path, url: str, path: str = "/mixed_precision?modules=
 
 
 def test_serve_tests_itself_at_tp_2_dp_2_with_ep(tmp_path: Path) -> None:
-    command = "sglang-mixed serve -m MODEL -c MAP -t 2 -d 2 -a 127.0.0.1:PORT --test --enable-ep-moe"
+    command = "sglang-mixed serve -m MODEL -c MAP -t 2 -d 2 -a 127.0.0.1:PORT --test --enable-ep-moe --api-key secret"
     log = tmp_path / "log"
     status, printed = ended(start(log, command, *SMALL, PORT=free_port()), log)
     assert status == 0, printed
@@ -178,6 +178,13 @@ def test_sglangs_own_launcher_tells_the_same(tmp_path: Path) -> None:
         status, printed = ended(start(log, LONG, PORT=port), log)
     assert status == 1
     assert f"address already in use: 127.0.0.1:{port}" in printed
+
+
+@pytest.mark.parametrize(
+    "flags", [("--api-key", "secret"), ("--api-key=secret", "--device", "cpu"), ("--device", "cpu")]
+)
+def test_the_servers_key_is_known_to_its_test(flags: tuple[str, ...]) -> None:
+    assert Launch("model", flags=flags).api_key == ("secret" if "secret" in "".join(flags) else None)
 
 
 @pytest.mark.parametrize(

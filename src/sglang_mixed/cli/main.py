@@ -161,6 +161,7 @@ def serve(
 @app.command()
 def proof(
     url: Annotated[str, typer.Argument(metavar="URL", help="A running server, e.g. http://127.0.0.1:30000")],
+    api_key: Annotated[str | None, typer.Option(envvar="SGLANG_MIXED_API_KEY", help="The server's key.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where a running server's weights came from, and that memory holds what the files hold."""
@@ -169,7 +170,7 @@ def proof(
 
         from .proof import fetch_proof, print_proof
 
-        report = fetch_proof(url)
+        report = fetch_proof(url, api_key=api_key)
         print(json.dumps(report, indent=2)) if as_json else print_proof(report, Console())
 
 

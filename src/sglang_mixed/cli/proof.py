@@ -14,14 +14,14 @@ from rich.table import Table
 from ..errors import EngineError, ProofError
 
 
-def fetch_proof(url: str, seconds: float = 600) -> dict[str, Any]:
+def fetch_proof(url: str, seconds: float = 600, api_key: str | None = None) -> dict[str, Any]:
     """The report of `GET /mixed_precision`, once every rank of the server has compared memory and files.
 
     Raises EngineError if the server does not answer, ProofError if a comparison failed.
     """
     deadline = time.monotonic() + seconds
     while True:
-        report = _get(f"{url.rstrip('/')}/mixed_precision")
+        report = _get(f"{url.rstrip('/')}/mixed_precision", api_key)
         states = {rank["verification"]["state"] for rank in every_rank(report)}
         if states == {"verified"}:
             return report
@@ -37,9 +37,15 @@ def every_rank(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [rank for group in groups for rank in group.get("tensor_parallel_ranks", [group])]
 
 
-def _get(url: str) -> dict[str, Any]:
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that a server with a key wants."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _get(url: str, api_key: str | None) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
+        request = urllib.request.Request(url, headers=authorization(api_key))
+        with urllib.request.urlopen(request, timeout=60) as response:
             report: dict[str, Any] = json.load(response)
             return report
     except (URLError, ValueError) as error:

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..config import load_map
 from ..errors import EngineError, MissingFileError, UnsupportedError
 from ..preflight import available_devices, check_address, check_devices
 from .nodes import place_of
-from .proof import every_rank, fetch_proof
+from .proof import authorization, every_rank, fetch_proof
 
 HOST, PORT = "127.0.0.1", 30000
 QUESTION = "The capital of France is"
@@ -68,6 +69,13 @@ class Launch:
         host, port = self.address
         reachable = {"0.0.0.0": HOST, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         return f"http://{reachable}:{port}"
+
+    @property
+    def api_key(self) -> str | None:
+        """The server's key, if SGLang's flags give one."""
+        given = [value for flag, value in pairwise(self.flags) if flag == "--api-key"]
+        given += [flag.partition("=")[2] for flag in self.flags if flag.startswith("--api-key=")]
+        return given[-1] if given else None
 
     def check(self) -> None:
         """Raise what can be known before SGLang is imported: of map, model, accelerators and address."""
@@ -155,7 +163,7 @@ def running(launch: Launch, seconds: float) -> Iterator[None]:
     server = multiprocessing.get_context("spawn").Process(target=_serve_apart, args=(launch.arguments,))
     server.start()
     try:
-        _wait_until_up(launch.url, server, seconds)
+        _wait_until_up(launch, server, seconds)
         yield
     finally:
         assert server.pid is not None
@@ -166,11 +174,12 @@ def running(launch: Launch, seconds: float) -> Iterator[None]:
         server.join()
 
 
-def _wait_until_up(url: str, server: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_until_up(launch: Launch, server: Any, seconds: float) -> None:
+    url, deadline = launch.url, time.monotonic() + seconds
+    request = urllib.request.Request(f"{url}/model_info", headers=authorization(launch.api_key))
     while server.is_alive():
         with suppress(OSError):
-            urllib.request.urlopen(f"{url}/model_info", timeout=5).close()
+            urllib.request.urlopen(request, timeout=5).close()
             return
         if time.monotonic() > deadline:
             raise EngineError(f"no answer after {seconds:.0f} s", file=url, remedy="see the output above")
@@ -185,9 +194,8 @@ def test(launch: Launch, seconds: float = 1800) -> dict[str, Any]:
     """
     with running(launch, seconds):
         body = {"text": QUESTION, "sampling_params": {"max_new_tokens": 16, "temperature": 0}}
-        request = urllib.request.Request(
-            f"{launch.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json", **authorization(launch.api_key)}
+        request = urllib.request.Request(f"{launch.url}/generate", json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
                 answer = json.load(response)["text"]
@@ -195,7 +203,7 @@ def test(launch: Launch, seconds: float = 1800) -> dict[str, Any]:
             raise EngineError(f"the question was not answered: {error}", file=launch.url) from error
         report: dict[str, Any] = {"question": QUESTION, "answer": answer}
         if launch.map is not None:
-            ranks = every_rank(fetch_proof(launch.url))
+            ranks = every_rank(fetch_proof(launch.url, api_key=launch.api_key))
             report["ranks"] = len(ranks)
             report["verified"] = sum(rank["verification"]["verified"] for rank in ranks)
         return report
