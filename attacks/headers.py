@@ -117,5 +117,6 @@ ATTACKS = [
     Attack("a dtype nobody knows", _dtype("F128"), HeaderError, "dtypes that are read", SINGLE, NORM),
     Attack("a dtype wider than the bytes", _dtype("F32"), HeaderError, "equals the bytes", SINGLE, NORM),
     Attack("metadata that is no text", edit_header(lambda header: header.update(__metadata__={"a": 1})), HeaderError, "text to text", SINGLE, "__metadata__"),
+    Attack("a name of 5,000 parts", edit_header(lambda header: header.update({"a." * 5000 + "weight": header.pop(NORM)})), HeaderError, "at most 1000", "bf16"),
     Attack("a name that begins with a dot", edit_header(lambda header: header.update({".x": header.pop(NORM)})), HeaderError, "last dot", SINGLE, ".x"),
 ]  # fmt: skip

@@ -183,6 +183,11 @@ class NameTree:
             node = above
         return added
 
+    @property
+    def longest(self) -> str:
+        """The longest dotted prefix."""
+        return max(self._nodes, key=len)
+
     def below(self, prefix: str) -> Collection[str]:
         """The name parts that lead on from a dotted prefix; none where no module is below it."""
         return self._nodes[prefix].children.keys() if prefix in self._nodes else ()

@@ -17,6 +17,7 @@ from sglang_mixed.config import load_map
 from sglang_mixed.errors import CheckpointError, MapError, MixedPrecisionError
 from sglang_mixed.plan import make_plan
 from sglang_mixed.plan.rank import Rank
+from sglang_mixed.plan.values import verify_values
 from sglang_mixed.stream import ReadLog, stream
 
 from ..models import write, write_map
@@ -135,6 +136,7 @@ class Fuzzer:
 
     def _load(self) -> None:
         plan = make_plan(self.corpus.map)
+        verify_values(plan)
         for rank in (Rank(), Rank(2, 2, 1)):
             planned = plan.rank(rank)
             reads = list(planned.reads())

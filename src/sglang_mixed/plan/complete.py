@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..errors import CoverageError
-from ..patterns import NameTree
+from ..errors import CoverageError, HeaderError
+from ..patterns import MAX_LENGTH, NameTree
 from .families import LAYERS, num_experts, text_config
 
 
 def check_complete(tree: NameTree, base: Checkpoint) -> None:
-    """Raise CoverageError where a layer, or an expert of a layer that has any, is missing. `tree`: the base's names."""
+    """Raise CoverageError where a layer, or an expert of a layer that has any, is missing. `tree`: the base's names.
+
+    Raises HeaderError for a name that no pattern could write.
+    """
+    if len(tree.longest) > MAX_LENGTH:
+        raise HeaderError(
+            f"a tensor's name has more than {len(tree.longest)} characters",
+            file=base.path,
+            tensor=f"{tree.longest[:60]}...",
+            rule=f"at most {MAX_LENGTH}, as for the patterns that name it",
+            remedy="do not use this checkpoint",
+        )
     config = base.config
     count, experts = int(text_config(config).get("num_hidden_layers") or 0), num_experts(config)
     for layers in LAYERS:
