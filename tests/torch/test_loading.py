@@ -11,7 +11,7 @@ import torch
 
 from sglang_mixed import EnhancedModelLoader, ExpertActivationTracker, load_model_with_enhanced_features, load_plan
 from sglang_mixed.errors import CoverageError, EngineError, ShapeError, UnsupportedError
-from sglang_mixed.plan import make_plan
+from sglang_mixed.plan import Plan, make_plan
 from sglang_mixed.torch import MixedPrecisionLinear
 
 from .. import models as checkpoints
@@ -140,6 +140,34 @@ def test_any_module_is_filled_by_its_names(tmp_path: Path) -> None:
     assert isinstance(model.lm_head, MixedPrecisionLinear)
     assert torch.equal(model.lm_head.weight, plan.checkpoints["bf16"].read_tensor("lm_head.weight"))
     assert torch.equal(model.table, torch.arange(4.0))
+
+
+def skeleton(plan: Plan) -> torch.nn.Module:
+    """Modules at every name of the plan: linears, lists of experts among them, and what has a vector or a table."""
+    root = torch.nn.Module()
+    for name, planned in plan.modules.items():
+        parent, (*owners, last) = root, name.split(".")
+        for owner in owners:
+            if not hasattr(parent, owner):
+                parent.add_module(owner, torch.nn.Module())
+            parent = parent.get_submodule(owner)
+        leaf = torch.nn.Module()
+        if last.endswith(("proj", "gate")):
+            leaf = torch.nn.Linear(*reversed(planned.format.shape), bias=False)
+        else:
+            leaf.register_parameter("weight", torch.nn.Parameter(torch.empty(planned.format.shape)))
+        parent.add_module(last, leaf)
+    return root
+
+
+def test_every_expert_that_is_a_module_of_its_own_becomes_linears_of_its_format() -> None:
+    plan = make_plan(TINY / "experts.yaml")
+    model = skeleton(plan)
+    assert load_plan(model, plan).stats["weight_bytes"] == plan.weight_bytes()
+    for name, planned in plan.modules.items():
+        source = plan.checkpoints[planned.source]
+        assert relative_error(model.get_submodule(name).weight, source.dequantize(name)) <= 1e-2
+        assert isinstance(model.get_submodule(name), MixedPrecisionLinear) == name.endswith(("proj", "gate"))
 
 
 def test_tied_weights_stay_one(tmp_path: Path) -> None:
