@@ -16,7 +16,7 @@ from sglang_mixed.torch import MixedPrecisionLinear
 
 from .. import models as checkpoints
 from ..engine.launch import TINY
-from .models import build_on_meta, dequantized
+from .models import build_on_meta, dequantized, relative_error
 
 IDS = torch.arange(4, 36).reshape(2, 16)
 
