@@ -115,10 +115,10 @@ def placed(launch: Launch, rank: int, ranks_per_node: int | None, world_size: in
         launch = replace(launch, flags=("--base-gpu-id", str(rank % devices), *launch.flags))
     if place.copies > 1 and place.node == 0:
         first, step = launch.address[1] - rank, tp * dp // place.copies
-        urls = [replace(launch, port=first + copy * step).url for copy in range(place.copies)]
+        urls = " ".join(replace(launch, port=first + copy * step).url for copy in range(place.copies))
         print(
-            f"copy {place.copy + 1} of {place.copies} of the model is a server of its own: {launch.url}. "
-            f"One address for all that share this host: python -m sglang_router.launch_router --worker-urls {' '.join(urls)}",
+            f"copy {place.copy + 1} of {place.copies} of the model is a server of its own: {launch.url}; one address for "
+            f"all on this host: python -m sglang_router.launch_router --worker-urls {urls}",
             file=sys.stderr,
         )
     if place.nodes == 1:
