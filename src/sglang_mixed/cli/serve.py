@@ -21,7 +21,7 @@ from typing import Any
 from ..config import load_map
 from ..errors import EngineError, MissingFileError, UnsupportedError
 from ..preflight import available_devices, check_address, check_devices
-from .nodes import place_of
+from .nodes import Place, place_of
 from .proof import authorization, every_rank, fetch_proof
 
 HOST, PORT = "127.0.0.1", 30000
@@ -114,13 +114,7 @@ def placed(launch: Launch, rank: int, ranks_per_node: int | None, world_size: in
     if devices and ranks_per_node and ranks_per_node < devices:
         launch = replace(launch, flags=("--base-gpu-id", str(rank % devices), *launch.flags))
     if place.copies > 1 and place.node == 0:
-        first, step = launch.address[1] - rank, tp * dp // place.copies
-        urls = " ".join(replace(launch, port=first + copy * step).url for copy in range(place.copies))
-        print(
-            f"copy {place.copy + 1} of {place.copies} of the model is a server of its own: {launch.url}; one address for "
-            f"all on this host: python -m sglang_router.launch_router --worker-urls {urls}",
-            file=sys.stderr,
-        )
+        _tell_of_copies(launch, place, rank, tp * dp // place.copies)
     if place.nodes == 1:
         return launch
     if launch.dist_init_addr is None:
@@ -133,6 +127,18 @@ def placed(launch: Launch, rank: int, ranks_per_node: int | None, world_size: in
     # Copies of the model that share a host must not meet at one address.
     meeting = f"{host}:{(port or 0) + place.copy}"
     return replace(launch, nnodes=place.nodes, node_rank=place.node, dist_init_addr=meeting)
+
+
+def _tell_of_copies(launch: Launch, place: Place, rank: int, ranks: int) -> None:
+    """What a copy of so many ranks is, and how all copies get one address."""
+    first = launch.address[1] - rank
+    urls = " ".join(replace(launch, port=first + copy * ranks).url for copy in range(place.copies))
+    print(
+        f"copy {place.copy + 1} of {place.copies} of the model is a server of its own: {launch.url}",
+        f"one address for all on this host: python -m sglang_router.launch_router --worker-urls {urls}",
+        sep="\n",
+        file=sys.stderr,
+    )
 
 
 def check_model(model: str) -> None:
