@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import psutil
 from common import MIX, MODEL, Traffic, alive, client, processes, record, send
-
 from tests.engine.launch import Server, free_port, stop_all
 
 BOUND = 5.0
@@ -66,7 +65,9 @@ def main() -> int:
                 restarted.stop()
                 good = seconds <= BOUND and not traffic.errors
                 survived, served, slowest = survived + good, served + len(traffic.seconds), max(slowest, seconds)
-                print(f"{number + 1}: {one}: gone after {seconds:.2f} s, then {len(traffic.seconds)} served", flush=True)
+                print(
+                    f"{number + 1}: {one}: gone after {seconds:.2f} s, then {len(traffic.seconds)} served", flush=True
+                )
                 if not good:
                     print(f"  errors: {traffic.errors[:3]}\n{log.read_text()[-3000:]}", file=sys.stderr)
     finally:
