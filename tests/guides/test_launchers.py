@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import socket
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from sglang_mixed.cli.nodes import Place, place_of
-from sglang_mixed.cli.serve import Launch, parse_address
+from sglang_mixed.cli.serve import Launch, parse_address, placed
+from sglang_mixed.engine.arguments import from_cli_args
 from sglang_mixed.errors import ParallelismError, UnsupportedError
 from sglang_mixed.preflight import check_devices
 
@@ -99,10 +101,18 @@ def test_without_a_map_plain_sglang_is_started() -> None:
 
 
 def test_a_nodes_first_rank_tells_its_place() -> None:
-    script = str(ROOT / "scripts/start_mixed_precision_tp_dp.sh")
-    given = "-m MODEL -t 16 -d 1 --rank 8 --ranks-per-node 8 --dist-init-addr host0:20000"
+    launch = placed(Launch("model", tp=16, port=30000, dist_init_addr="host0:20000"), 8, 8, None)
     found = ["--port", "30008", "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", "host0:20000"]
-    assert command_line(script, *words(given)) == ["--tp-size", "16", "--dp-size", "1", *found]
+    assert launch.arguments == ["--model-path", "model", "--tp-size", "16", "--dp-size", "1", *found]
+    with pytest.raises(UnsupportedError, match="2 processes make one server, and do not know where to meet"):
+        placed(Launch("model", tp=16), 8, 8, None)
+
+
+def test_copies_on_one_host_meet_apart_and_are_told_how_to_get_one_address(capsys: pytest.CaptureFixture[str]) -> None:
+    launch = Launch("model", tp=2, dp=2, port=30000, dist_init_addr="127.0.0.1:20000")
+    meetings = [placed(launch, rank, 1, 4).dist_init_addr for rank in range(4)]
+    assert meetings == ["127.0.0.1:20000", "127.0.0.1:20000", "127.0.0.1:20001", "127.0.0.1:20001"]
+    assert capsys.readouterr().err.count("--worker-urls http://127.0.0.1:30000 http://127.0.0.1:30002") == 2
 
 
 def command_line(*command: str) -> list[str]:
@@ -170,14 +180,17 @@ def test_errors_end_the_start_with_one_message(changed: str, message: str) -> No
     assert done.stderr.startswith(f"error: {message.replace('TAKEN', taken)}")
 
 
-def test_sglangs_own_launcher_tells_the_same(tmp_path: Path) -> None:
+def test_sglangs_own_launcher_tells_the_same() -> None:
+    model, described = words("MODEL MAP")
+    given = {"enable_mixed_precision": True, "mixed_precision_config": described, "model_path": model}
+    layout = {"tp_size": 1, "dp_size": 1, "nnodes": 1, "enable_dp_attention": False, "device": None}
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        port, log = listener.getsockname()[1], tmp_path / "log"
-        status, printed = ended(start(log, LONG, PORT=port), log)
-    assert status == 1
-    assert f"address already in use: 127.0.0.1:{port}" in printed
+        address = {"host": "127.0.0.1", "port": listener.getsockname()[1]}
+        namespace = argparse.Namespace(**given, **layout, **address, explicit_arguments={"port", "host"})
+        with pytest.raises(SystemExit, match="address already in use"):
+            from_cli_args(lambda args: args, object, namespace)
 
 
 @pytest.mark.parametrize(

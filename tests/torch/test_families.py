@@ -18,7 +18,11 @@ from .models import build_on_meta, dequantized, relative_error
 BOUND = 1e-2
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama4"])
+#: Llama 4's names are others in its checkpoints; the two that are left out differ from DeepSeek-V3 in nothing here.
+NAMES = [name for name in FAMILIES if name not in ("llama4", "deepseek_v2", "glm4_moe")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_from_another_source_gives_the_dequantized_model(name: str, tmp_path: Path) -> None:
     plan = make_plan(write_mix(tmp_path, name, "everything differs"))
     model, reference = build_on_meta(plan.sources[plan.base]), dequantized(plan, tmp_path / "reference")

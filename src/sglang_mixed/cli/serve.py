@@ -81,9 +81,9 @@ class Launch:
         """Raise what can be known before SGLang is imported: of map, model, accelerators and address."""
         address = self.address  # reads the map
         check_model(self.model)
+        check_address(*address)
         if "cpu" not in self.flags:
             check_devices(self.tp or 1, self.dp or 1, self.nnodes or 1, available_devices())
-        check_address(*address)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -223,7 +223,7 @@ def run(launch: Launch, *, ask: bool, dry_run: bool) -> None:
         print(shlex.join(["python", "-m", "sglang.launch_server", *launch.arguments]))
         return
     launch.check()
-    if not ask:
+    if not ask or launch.node_rank:  # the first node asks
         serve(launch.arguments)
         return
     report = test(launch)

@@ -63,7 +63,8 @@ def load_plan(
     Linear layers and layers of experts are replaced by modules whose weights stay compressed; all else is held in
     `dtype` (that of the map's `inference`, or of the base's embeddings), but for float32 tensors that the model keeps
     so on purpose. `device` is the model's own, or the CPU for one on `meta`. The model is left in eval mode, without
-    gradients. Raises what `lay_out` raises, before anything is read, and what reading raises.
+    gradients. Raises what `lay_out` raises, before anything is changed, and what reading raises, which leaves a model
+    without weights.
     """
     started = time.perf_counter()
     layout = lay_out(model, plan)
