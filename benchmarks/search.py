@@ -30,7 +30,7 @@ from sglang_mixed.sensitivity.model import ReferenceModel
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 SOURCES = {"bf16": "bf16", "fp8": "fp8-block", "fp8_channel": "fp8-channel", "int8": "int8", "gptq_int4": "gptq-int4"}
-WINDOW, CALIBRATION_WINDOWS, TEST_WINDOWS, PROSE_WINDOWS = 256, 32, 64, 48
+WINDOW, CALIBRATION_WINDOWS, TEST_WINDOWS, PROSE_WINDOWS = 256, 16, 32, 24
 #: Shares of the way from all-Int4 to all-INT8, in bytes.
 BUDGETS = (0.15, 0.3, 0.5)
 RULE_BAR, LAYER_BAR, TRAFFIC_BAR = 0.75, 1.0, 1.0
@@ -105,9 +105,9 @@ class Trial:
 
 
 def best(trial: Trial, mixes: Iterable[tuple[str, Choice]], limit: int, predicted: Callable[[Choice], float]) -> Tried:
-    """The best of the eight that promise most within the limit."""
+    """The best of the three that promise most within the limit."""
     fitting = [(name, choice) for name, choice in mixes if trial.candidates.with_choice(choice).weight_bytes() <= limit]
-    promising = sorted(fitting, key=lambda mix: predicted(mix[1]))[:8]
+    promising = sorted(fitting, key=lambda mix: predicted(mix[1]))[:3]
     return min((trial(*mix) for mix in promising), key=lambda tried: tried.divergence)
 
 

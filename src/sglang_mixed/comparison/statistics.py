@@ -9,7 +9,7 @@ import numpy as np
 
 from .server import Floats, Predictions
 
-RESAMPLES, CONFIDENCE = 2000, 0.95
+RESAMPLES, CONFIDENCE = 1000, 0.95
 
 
 class Estimate(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,11 +11,6 @@ from numpy.typing import NDArray
 from ..errors import BudgetError
 from ..plan import Plan, Rank
 from ..plan.candidates import Candidates
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", 1)}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate(("K", "M", "G", "T"), 1)}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 Bytes = NDArray[np.int64]
 
@@ -35,17 +29,6 @@ class Budget:
         if not bits > 0:
             raise BudgetError(f"{bits} bits a weight", rule="more than 0 bits", remedy="give --bits 4.5, for example")
         return cls(int(bits * plan.bf16_bytes / 16))
-
-
-def parse_bytes(text: str) -> int:
-    """`24GiB`, `800 MB`, `5543936`. Raises BudgetError."""
-    found = _SIZE.fullmatch(text)
-    unit = {name.upper(): size for name, size in _UNITS.items()}.get(found[2].upper()) if found else None
-    if found is None or unit is None or not float(found[1]):
-        raise BudgetError(
-            f"{text!r} is no size", rule=f"a number and one of {', '.join(filter(None, _UNITS))}", remedy="write 24GiB"
-        )
-    return int(float(found[1]) * unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from ..plan.families import EXPERTS, expert_of
 _LAYERS = ".layers."
 #: Rows of tokens that run together.
 BATCH_TOKENS = 2048
+#: The base's log-probabilities stay in memory up to this size.
+KEPT_BYTES = 1 << 30
 
 
 class ReferenceModel:
@@ -33,7 +35,10 @@ class ReferenceModel:
         self._batches = list(torch.split(windows.to(self.device), rows))
         #: Layer -> what the layers before it gave, for each batch, with the base's weights.
         self._before: dict[int, list[Any]] = {}
+        #: Batch -> the base's log-probabilities.
+        self._kept: dict[int, torch.Tensor] = {}
         self._layers = self._decoder_layers()
+        self._hidden_before(len(self._layers))
 
     @torch.no_grad()
     def divergence(self, layer: int = 0) -> torch.Tensor:
@@ -43,7 +48,7 @@ class ReferenceModel:
         """
         found = []
         for number, batch in enumerate(self._batches):
-            base = self._log_probabilities(number, batch, len(self._layers))
+            base = self._of_base(number, batch)
             now = self._log_probabilities(number, batch, layer)
             found.append(torch.nn.functional.kl_div(now, base, reduction="none", log_target=True).sum(-1))
         return torch.cat(found).clamp_(min=0)
@@ -127,6 +132,15 @@ class ReferenceModel:
         assert isinstance(layers, torch.nn.ModuleList)
         return layers
 
+    def _of_base(self, number: int, batch: torch.Tensor) -> torch.Tensor:
+        """What the base predicts: kept where that is little, else the head runs again on what the last layer gave."""
+        if number in self._kept:
+            return self._kept[number]
+        found = self._log_probabilities(number, batch, len(self._layers))
+        if found.nbytes * len(self._batches) <= KEPT_BYTES:
+            self._kept[number] = found
+        return found
+
     def _log_probabilities(self, number: int, batch: torch.Tensor, layer: int) -> torch.Tensor:
         with self._starting_at(layer, number):
             logits = self._model(input_ids=batch, use_cache=False).logits
@@ -147,8 +161,12 @@ class ReferenceModel:
             for skipped in self._layers[:layer]:
                 del skipped.forward
 
+    @torch.no_grad()
     def _hidden_before(self, layer: int) -> list[Any]:
-        """Kept for this layer and for the end only: a large model's would fill the memory."""
+        """Kept for this layer and for the end only: a large model's would fill the memory.
+
+        The end's are taken before any weight is replaced, a layer's while only later ones may be.
+        """
         if layer not in self._before:
             found: list[Any] = []
             hook = self._layers[layer - 1].register_forward_hook(lambda module, given, output: found.append(output))
