@@ -17,7 +17,7 @@ from ..experts.page import page_html
 from . import state
 from .questions import HTTP_SERVER, Question, ask
 from .statistics import add_counts, described_map, export_experts
-from .watchdog import end_at_once, watch_all
+from .watchdog import end_at_once, watch_all, watching_launch
 
 PREFIX = "/mixed_precision"
 
@@ -28,7 +28,8 @@ def launch_subprocesses(original: Callable[..., Any], *args: Any, **kwargs: Any)
     if getattr(server_args, "quantization", None) != "mixed_precision":
         return original(*args, **kwargs)
     end_at_once()
-    result = original(*args, **kwargs)
+    with watching_launch():
+        result = original(*args, **kwargs)
     watch_all(result)
     state.tokenizer_manager = result[0]
     if http_server := sys.modules.get(HTTP_SERVER):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 from sglang.srt.utils.watchdog import SubprocessWatchdog
 
+logger = logging.getLogger(__name__)
+
+_INTERVAL = 0.25
 #: SGLang's dumps of a server that crashed: for 5 to 65 seconds it holds the port. Who wants them sets these.
 _DUMPS = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
 
@@ -17,6 +25,42 @@ def end_at_once() -> None:
     """Let a crash of this process's children end it without dumps, unless the environment asks for them."""
     for name in _DUMPS:
         os.environ.setdefault(name, "0")
+
+
+@contextmanager
+def watching_launch() -> Iterator[None]:
+    """End this process, as SGLang does after a crash, if a rank below a child of it dies while the model is loaded.
+
+    A copy's controller (DP) would wait for its rank for ever, and nobody watches before all are ready.
+    """
+    done = threading.Event()
+    threading.Thread(target=_watch_launch, args=(done,), name="launch-watchdog", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _watch_launch(done: threading.Event) -> None:
+    while not done.wait(_INTERVAL):
+        try:
+            dead = [one for child in psutil.Process().children() for one in child.children() if _has_crashed(one)]
+        except psutil.Error:  # a child that ended meanwhile is its parent's to notice
+            continue
+        if dead:
+            logger.critical("mixed precision: rank %d died while it started, ending the server", dead[0].pid)
+            os.kill(os.getpid(), signal.SIGQUIT)
+            return
+
+
+def _has_crashed(process: psutil.Process) -> bool:
+    """Whether it ended by a signal or an error, and its parent has not asked for it yet."""
+    try:
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return False
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(" ")[2].strip() != "0"
+    except (psutil.Error, OSError):
+        return False
 
 
 class Descendant:
