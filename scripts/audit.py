@@ -30,8 +30,10 @@ OSV = "https://api.osv.dev/v1/querybatch"
 def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     direct = [Requirement(text) for text in project["dependencies"]]
+    optional = [Requirement(text) for group in project["optional-dependencies"].values() for text in group]
     installed = closure(direct)
-    problems = [*undeclared({canonicalize_name(one.name) for one in installed}), *unfit(direct)]
+    brought = {canonicalize_name(one.name) for one in closure([*direct, *optional])}
+    problems = [*undeclared(brought), *unfit(direct)]
     problems += [f"{one.name}: licence {licence(one)!r}" for one in installed if not is_free(one)]
     answer, found = advisories(installed)
     for problem in [*problems, *found]:
