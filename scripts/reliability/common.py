@@ -110,5 +110,6 @@ async def at_rate(count: int, rate: float, ask: Callable[[int], Awaitable[None]]
 
 def client() -> aiohttp.ClientSession:
     """A session without a bound on connections; a request that takes two minutes counts as hung."""
-    connector = aiohttp.TCPConnector(limit=0)
+    # The server closes a connection that was idle for 5 seconds, if need be while a request is on its way.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120))

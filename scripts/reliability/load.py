@@ -54,7 +54,7 @@ async def load(servers: dict[str, Server], requests: int, rate: float) -> int:
 
         async def ask(_: int) -> None:
             await asyncio.gather(
-                *(send(session, server.url, traffic[name], generators[name]) for name, server in servers.items())
+                *(send(session, server.url, traffic[name], generators[name], 2) for name, server in servers.items())
             )
 
         started = time.monotonic()

@@ -26,7 +26,7 @@ from .yaml_lines import Document, read_yaml
 
 SECTION = "mixed_precision"
 _RULE = "the sections are mixed_precision (NAME_path, default, weight_mapping), inference and server, each a mapping"
-_RULES = {
+_RULES: dict[tuple[str, ...], str] = {
     (
         SECTION,
     ): "NAME_path is a path, default and what weight_mapping maps to are names of sources: quote what YAML takes "

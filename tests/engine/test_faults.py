@@ -213,6 +213,7 @@ def prove(held: RankPlan, planned: RankPlan, ended: threading.Event, monkeypatch
     # A proof that fails ends its parent, which here is what runs the tests.
     signals = SimpleNamespace(kill=lambda *_: ended.set(), getppid=lambda: 0)
     monkeypatch.setattr(proof_module, "os", signals)
+    monkeypatch.setattr(proof_module, "multiprocessing", SimpleNamespace(parent_process=lambda: signals))
     proof = Proof(planned, StockParameters(planned, Ledger()), ReadLog())
     proof.complete(load(held), 0.0)
     for thread in threading.enumerate():

@@ -251,6 +251,7 @@ class Zygote:
         self.launcher.connection.close()
         self.process.kill()
         self.process.wait()
+        self.output.close()
 
 
 def start_fresh(log: Path, code: str, *arguments: str) -> Job:
