@@ -1,0 +1,93 @@
+"""docs/reliability.md from docs/reliability.jsonl: the latest run of each kind, and what the fuzzing added up to.
+
+python -m attacks.run | tee -a docs/reliability.jsonl        # and likewise python -m tests.fuzz.run
+python scripts/reliability/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "docs" / "reliability.jsonl", ROOT / "docs" / "reliability.md"
+Run = dict[str, Any]
+
+
+def main() -> int:
+    runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    PAGE.write_text(page(runs))
+    return 0
+
+
+def page(runs: list[Run]) -> str:
+    latest = {run["what"]: run for run in runs}
+    rows = [row for what, describe in ROWS.items() if what in latest for row in describe(latest[what])]
+    rows[1:1] = fuzzing([run for run in runs if run["what"] == "fuzz"])
+    lines = ["# Reliability", "", INTRODUCTION, "", "| what | figure | run |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {figure} | {run} |" for what, figure, run in rows]
+    lines += ["", "## Faults put into our own code", "", FAULTS_INTRODUCTION, ""]
+    lines += ["| fault | in | caught by |", "| --- | --- | --- |"]
+    for fault in latest.get("faults", {}).get("faults", []):
+        lines.append(f"| {fault['name']} | `{fault['file']}` | {fault['caught_by'] or '**nothing**'} |")
+    return "\n".join([*lines, ""])
+
+
+def attacks(run: Run) -> list[tuple[str, str, str]]:
+    figure = f"{run['kinds']} kinds, {run['refused']} refused, {run['left_alone']} left alone as they must be"
+    return [("attacks (each within 64 MiB)", figure, where(run))]
+
+
+def fuzzing(runs: list[Run]) -> list[tuple[str, str, str]]:
+    if not runs:
+        return []
+    mutants = sum(run["mutants"] for run in runs)
+    loaded = sum(count for run in runs for what, count in run["outcomes"].items() if what.endswith(": loaded"))
+    seeds = len({run["seed"] for run in runs})
+    figure = f"{mutants:,} of {seeds} seeds: {mutants - loaded:,} refused by an error of ours, {loaded:,} loaded"
+    return [("mutants", figure, f"{runs[0]['date'][:10]} to {runs[-1]['date'][:10]}, Python {runs[-1]['python']}")]
+
+
+def kills(run: Run) -> list[tuple[str, str, str]]:
+    figure = (
+        f"{run['survived']} of {run['rounds']} servers gone within 5 s (the slowest in {run['slowest_seconds']:.2f} s) "
+        f"and served again on their port; {run['served_after']:,} requests after the restarts"
+    )
+    return [("processes killed with SIGKILL, at load and under traffic", figure, where(run))]
+
+
+def load(run: Run) -> list[tuple[str, str, str]]:
+    rows = []
+    for name in ("mixed", "stock"):
+        figure = f"{run[f'{name}_served']:,} served, {run[f'{name}_errors']} errors"
+        figure += f"; p50 {run[f'{name}_p50_ms']:g} ms, p99 {run[f'{name}_p99_ms']:g} ms"
+        rows.append((f"requests at {run['rate']:g} a second, {name}", figure, where(run)))
+    return rows
+
+
+def soak(run: Run) -> list[tuple[str, str, str]]:
+    figure = (
+        f"{run['minutes']:g} minutes, {run['served']:,} served, {run['errors']} errors; "
+        f"memory of all processes {run['mib']:,} MiB, growth {run['growth_percent']:g} %"
+    )
+    return [(f"soak at {run['rate']:g} requests a second", figure, where(run))]
+
+
+def where(run: Run) -> str:
+    versions = [f"Python {run['python']}", *(f"{name} {run[name]}" for name in ("sglang", "torch") if name in run)]
+    return f"{run['date'][:16].replace('T', ' ')} UTC, {', '.join(versions)}" + (", -O" if run.get("optimized") else "")
+
+
+ROWS = {"attacks": attacks, "kills": kills, "load": load, "soak": soak}
+INTRODUCTION = """\
+Made by `scripts/reliability/report.py` from [reliability.jsonl](reliability.jsonl), to which the runs append: the
+latest of each kind, on two cores that other work shared. What is tried is in [attacks](../attacks/README.md),
+`tests/fuzz`, and `scripts/reliability`."""
+FAULTS_INTRODUCTION = """\
+`scripts/reliability/faults.py` changes one line of a copy of the package and runs the tests that are named; six more
+faults, of weights in memory, are in `tests/engine/test_faults.py`."""
+
+if __name__ == "__main__":
+    sys.exit(main())
