@@ -45,7 +45,7 @@ def fuzzing(runs: list[Run]) -> list[tuple[str, str, str]]:
         return []
     mutants = sum(run["mutants"] for run in runs)
     loaded = sum(count for run in runs for what, count in run["outcomes"].items() if what.endswith(": loaded"))
-    seeds = len({run["seed"] for run in runs})
+    seeds = sum(run.get("seeds", 1) for run in runs)
     figure = f"{mutants:,} of {seeds} seeds: {mutants - loaded:,} refused by an error of ours, {loaded:,} loaded"
     return [("mutants", figure, f"{runs[0]['date'][:10]} to {runs[-1]['date'][:10]}, Python {runs[-1]['python']}")]
 

@@ -112,7 +112,7 @@ class Fuzzer:
         """A shard below a plan that is then loaded."""
         file = self.mutator.random.choice(self.corpus.shards)
         with changed(file, self._mutant_shard(file, valid=0.8)) as path:
-            self._judge("plan", path, self._load)
+            self._judge("plan", path, self.load)
 
     def text(self) -> None:
         """A config or the index, below a checkpoint or a plan."""
@@ -121,7 +121,7 @@ class Fuzzer:
             if self.mutator.random.random() < 0.7:
                 self._judge("folder", path, lambda: _examine(path.parent))
             else:
-                self._judge("plan", path, self._load)
+                self._judge("plan", path, self.load)
 
     def mapping(self) -> None:
         """A map, parsed; one in four planned."""
@@ -134,7 +134,8 @@ class Fuzzer:
         path.write_bytes(raw)
         self._judge("map", path, lambda: make_plan(path) if random.random() < 0.25 else load_map(path).patterns())
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Plan the corpus, look at all values, and read what each of two layouts holds."""
         plan = make_plan(self.corpus.map)
         verify_values(plan)
         for rank in (Rank(), Rank(2, 2, 1)):
@@ -248,4 +249,5 @@ signal.signal(signal.SIGALRM, _on_timer)
 
 def _require(holds: bool, what: str, path: Path | None = None, cause: BaseException | None = None) -> None:
     if not holds:
-        raise Wrong(what + (f" of {path}" if path else "")) from cause
+        kept = path.read_bytes()[:4000] if path else b""
+        raise Wrong(what + (f" of {path}: {kept!r}" if path else "")) from cause

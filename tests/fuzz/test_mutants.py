@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,27 +15,23 @@ from .mutator import dump, parse
 from .run import memory_folder
 from .targets import Corpus, Fuzzer
 
+ROOT = Path(__file__).parents[2]
 
-@pytest.fixture(scope="module")
-def corpus() -> Iterator[Corpus]:
+
+def test_the_corpus_is_sound_and_serialized_as_it_was_parsed() -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory_folder()) as folder:
-        yield Corpus(Path(folder))
+        corpus = Corpus(Path(folder))
+        for file in (*corpus.shards, *corpus.configs, corpus.index):
+            assert parse(dump(file.tree)) == file.tree
+        Fuzzer(corpus, 0).load()
 
 
-def test_the_corpus_is_sound_and_serialized_as_it_was_parsed(corpus: Corpus) -> None:
-    for file in (*corpus.shards, *corpus.configs, corpus.index):
-        assert parse(dump(file.tree)) == file.tree
-    Fuzzer(corpus, 0)._load()
-
-
-@pytest.mark.parametrize("seed", [1, int.from_bytes(os.urandom(4), "little")], ids=["fixed", "fresh"])
-def test_a_mutant_is_refused_by_an_error_of_ours_or_loaded_correctly(corpus: Corpus, seed: int) -> None:
-    fuzzer = Fuzzer(corpus, seed)
-    try:
-        fuzzer.run(10_000)
-    except Exception as error:
-        error.add_note(f"python -m tests.fuzz.run --seed {seed}")
-        raise
-    assert fuzzer.outcomes.total() == 10_000
-    reached = {outcome.partition(": ")[0] for outcome in fuzzer.outcomes if outcome.endswith(": loaded")}
+@pytest.mark.parametrize(("seed", "skips_asserts"), [(1, ()), (int.from_bytes(os.urandom(4), "little"), ("-O",))])
+def test_a_mutant_is_refused_by_an_error_of_ours_or_loaded_correctly(seed: int, skips_asserts: tuple[str, ...]) -> None:
+    command = [sys.executable, *skips_asserts, "-m", "tests.fuzz.run", "--mutants", "10000", "--seed", str(seed)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, f"{' '.join(command)}\n{ran.stderr}"
+    report = json.loads(ran.stdout)
+    assert (report["mutants"], report["optimized"]) == (10_000, len(skips_asserts))
+    reached = {outcome.partition(": ")[0] for outcome in report["outcomes"] if outcome.endswith(": loaded")}
     assert reached == {"header", "folder", "map", "plan"}
