@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from .formats import get_format
 from .plan import RankPlan
-from .plan.size import stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +27,17 @@ class ModuleBytes:
 
 def rank_memory(rank: RankPlan) -> dict[str, Any]:
     """`memory_stats` of what one rank holds."""
-    modules = rank.plan.modules
-    # What a rank holds of alike modules is one value: those are few.
-    counts: Counter[tuple[int, int, str | None, str]] = Counter()
-    examples: dict[tuple[int, int, str | None, str], str] = {}
-    for name, part in rank.parts.items():
-        module = modules[name]
-        key = id(part), id(module.format), module.bias, module_kind(name)
-        counts[key] += 1
-        examples[key] = name
-    return memory_stats(_share(rank, examples[key], key[3], count) for key, count in counts.items())
+    return memory_stats(_shares(rank))
 
 
-def rank_reads(rank: RankPlan) -> int:
-    """Bytes that one rank reads of the files."""
-    parts = rank.parts.values()
-    counts = Counter(map(id, parts))
-    formats = {id(part): part.format for part in parts}
-    biases = sum(rank.bias_bytes(name) for name in rank.parts if rank.plan.modules[name].bias)
-    return sum(count * stored(formats[part]) for part, count in counts.items()) + biases
-
-
-def _share(rank: RankPlan, name: str, kind: str, count: int) -> ModuleBytes:
-    stored = rank.plan.modules[name].format
-    label = get_format(stored.name).label(stored.parameters)
-    return ModuleBytes(label, kind, rank.module_bytes(name), rank.module_bf16_bytes(name), count)
+def _shares(rank: RankPlan) -> Iterator[ModuleBytes]:
+    for group in rank.groups:
+        stored = rank.plan.modules[group.names[0]].format
+        label = get_format(stored.name).label(stored.parameters)
+        # Experts are many, and all of one kind.
+        kinds = {"experts": len(group.names)} if group.is_expert else Counter(map(module_kind, group.names))
+        for kind, count in kinds.items():
+            yield ModuleBytes(label, kind, group.nbytes, group.bf16_bytes, count)
 
 
 def memory_stats(modules: Iterable[ModuleBytes]) -> dict[str, Any]:
@@ -99,7 +84,5 @@ def module_kind(name: str) -> str:
     """experts, router, norm, attention, mlp, embedding, lm_head or other, from a module's name."""
     if name.endswith("norm"):
         return "norm"
-    if ".experts." in name:
-        return "experts"
     parts = name.split(".")
     return next((kind for kind, marks in _KINDS.items() if any(mark in parts for mark in marks)), "other")

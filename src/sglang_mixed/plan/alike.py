@@ -1,4 +1,4 @@
-"""Modules that differ only in their numbers and last names, as rows of a table."""
+"""Modules that differ only in their numbers and last names, as rows of a table in a model's order."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 from ..checkpoint import join
+from .families import model_order
 from .fold import Indices, fold_indices, split_name
 
-#: A module below its parent: last name part, key, sizes.
-_Child = tuple[str, Hashable, tuple[int, ...]]
+
+class Group(NamedTuple):
+    """Modules of one key and of equal sizes."""
+
+    key: Hashable
+    sizes: tuple[int, ...]
+    names: list[str]
 
 
 class Alike(NamedTuple):
@@ -21,32 +27,47 @@ class Alike(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def alike(modules: Iterable[tuple[str, Hashable, tuple[int, ...]]]) -> list[Alike]:
-    """Rows of (name, key, sizes), in the order in which their first modules come.
+class _Child(NamedTuple):
+    """What stands below several parents: last name part, and its group."""
+
+    last: str
+    group: Group
+
+
+def alike(groups: Iterable[Group]) -> list[Alike]:
+    """The modules of these groups, those of one key together.
 
     Parents with the same children are taken together, so that 100,000 names cost little more than their parents.
     """
-    families: dict[str, list[_Child]] = {}
-    for name, key, sizes in modules:
-        parent, _, last = name.rpartition(".")
-        families.setdefault(parent, []).append((last, key, sizes))
+    children: list[_Child] = []
+    #: Parent -> numbers of its children.
+    families: dict[str, list[int]] = {}
+    for group in groups:
+        numbers: dict[str, int] = {}
+        for name in group.names:
+            parent, _, last = name.rpartition(".")
+            if last not in numbers:
+                numbers[last] = len(children)
+                children.append(_Child(last, group))
+            families.setdefault(parent, []).append(numbers[last])
     known: dict[str, list[Indices]] = {}
-    kinds: dict[tuple[str, tuple[_Child, ...]], list[Indices]] = {}
-    for parent, children in families.items():
+    kinds: dict[tuple[str, tuple[int, ...]], list[Indices]] = {}
+    for parent, family in families.items():
         template, indices = split_name(parent)
         known.setdefault(template, []).append(indices)
-        kinds.setdefault((template, tuple(children)), []).append(indices)
+        kinds.setdefault((template, tuple(family)), []).append(indices)
     places: dict[tuple[str, str, Hashable], list[int]] = {}
     for number, (template, kind) in enumerate(kinds):
-        for last, key, _ in kind:
-            places.setdefault((template, last, key), []).append(number)
-    rows: dict[tuple[str, Hashable, tuple[int, ...]], list[str]] = {}
-    for (template, last, key), numbers in places.items():
-        rows.setdefault((template, key, tuple(numbers)), []).append(last)
-    members = [(kind, indices) for (_, kind), indices in kinds.items()]
+        for child in kind:
+            places.setdefault((template, children[child].last, children[child].group.key), []).append(number)
+    rows: dict[tuple[int, str, Hashable, tuple[int, ...]], list[str]] = {}
+    for (template, last, key), numbers_of_kinds in places.items():
+        order = model_order(join(template, last))
+        rows.setdefault((order, template, key, tuple(numbers_of_kinds)), []).append(last)
+    members = [([children[child] for child in kind], indices) for (_, kind), indices in kinds.items()]
     return [
         _row(template, key, lasts, [members[number] for number in numbers], known[template])
-        for (template, key, numbers), lasts in rows.items()
+        for (_, template, key, numbers), lasts in sorted(rows.items(), key=lambda row: row[0][0])
     ]
 
 
@@ -54,17 +75,16 @@ def _row(
     template: str,
     key: Hashable,
     lasts: list[str],
-    kinds: list[tuple[tuple[_Child, ...], list[Indices]]],
+    kinds: list[tuple[list[_Child], list[Indices]]],
     known: list[Indices],
 ) -> Alike:
     parents = fold_indices(template, [index for _, indices in kinds for index in indices], known)
     last = lasts[0] if len(lasts) == 1 else "{" + ",".join(sorted(lasts)) + "}"
-    wanted = set(lasts)
     sizes = [
-        [value * len(indices) for value in size]
-        for kind, indices in kinds
-        for name, its_key, size in kind
-        if name in wanted and its_key == key
+        [value * len(indices) for value in child.group.sizes]
+        for children, indices in kinds
+        for child in children
+        if child.last in lasts and child.group.key == key
     ]
     number = len(lasts) * sum(len(indices) for _, indices in kinds)
     return Alike(

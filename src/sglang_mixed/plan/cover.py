@@ -36,26 +36,28 @@ def cover(
     missing: list[str] = []
     needless: list[str] = []
     verdicts: dict[tuple[str, int, int, int, int], Verdict] = {}
-    base_kinds = base.modules.kinds
+    kinds = {source: checkpoint.modules.kinds for source, checkpoint in checkpoints.items()}
+    rules = {source: checkpoint.rule for source, checkpoint in checkpoints.items()}
+    base_kinds, base_rule = kinds[reference], rules[reference]
     cached = {kind for kind, tensors in enumerate(base.modules.tensors_of_kinds) if tensors.keys() <= CACHE_SCALES}
     cache_scales: list[str] = []
     for module, rule in assignment.rules.items():
-        if base_kinds[module] in cached:
+        base_kind = base_kinds[module]
+        if base_kind in cached:
             cache_scales.append(module)
             continue
         source = assignment.default if rule is None else rule.source
-        checkpoint = checkpoints[source]
-        kind = checkpoint.modules.kinds.get(module)
+        kind = kinds[source].get(module)
         if kind is None:
             missing.append(module)
             continue
         # What is true of one module is true of all with equal tensors and an equal place in both configs.
-        key = source, kind, base_kinds[module], checkpoint.rule(module), base.rule(module)
+        key = source, kind, base_kind, rules[source](module), base_rule(module)
         verdict = verdicts.get(key)
         if verdict is None:
             verdict = verdicts[key] = _judge(module, source, reference, checkpoints, assignment)
         if verdict.has_needless_bias:
-            _require_zero_bias(module, checkpoint)
+            _require_zero_bias(module, checkpoints[source])
             needless.append(module)
         if verdict.has_cache_scales:
             cache_scales.append(module)

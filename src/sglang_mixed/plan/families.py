@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 #: Matrix that the engine makes of several -> their last name parts below one parent, in its order of rows.
@@ -154,6 +155,7 @@ def fused_matrices(parent: str) -> Mapping[str, str]:
     return _EXPERT if expert_of(parent) else _FUSED
 
 
+@lru_cache(maxsize=65_536)
 def expert_of(parent: str) -> tuple[str, int] | None:
     """(`….experts`, number) if the dotted prefix is one expert's."""
     owner, _, number = parent.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import groupby
 
 from ..patterns import MAX_LENGTH
@@ -14,10 +15,15 @@ Box = tuple[frozenset[int], ...]
 
 def split_name(name: str) -> tuple[str, Indices]:
     """A name's template, its numbers replaced by `*`, and the numbers."""
-    parts = name.split(".")
-    return ".".join(["*" if part.isdecimal() else part for part in parts]), tuple(
-        [int(part) for part in parts if part.isdecimal()]
-    )
+    parent, _, last = name.rpartition(".")
+    template, indices = _split_parent(parent) if parent else ("", ())
+    number = last.isdecimal()
+    text = "*" if number else last
+    return f"{template}.{text}" if parent else text, (*indices, int(last)) if number else indices
+
+
+#: Names share their parents.
+_split_parent = lru_cache(maxsize=65_536)(split_name)
 
 
 def by_template(names: Iterable[str]) -> dict[str, list[Indices]]:
@@ -69,12 +75,13 @@ def _boxes(indices: set[Indices]) -> list[Box]:
     if () in indices:
         return [()]
     lasts: dict[Indices, set[int]] = {}
-    for index in sorted(indices):
+    for index in indices:
         lasts.setdefault(index[:-1], set()).add(index[-1])
     prefixes: dict[frozenset[int], set[Indices]] = {}
     for prefix, last in lasts.items():
         prefixes.setdefault(frozenset(last), set()).add(prefix)
-    return [(*box, last) for last, group in prefixes.items() for box in _boxes(group)]
+    boxes: list[Box] = [(*box, last) for last, group in prefixes.items() for box in _boxes(group)]
+    return sorted(boxes, key=lambda box: [min(values) for values in reversed(box)])
 
 
 def _ranges(values: list[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint
@@ -11,8 +10,8 @@ from ..errors import FormatError
 from ..formats import ModuleFormat, TensorInfo, get_format
 from ..formats.base import CACHE_SCALES, tensor_bytes, weight_tensors
 from . import size
-from .alike import alike
-from .families import model_order, never_loaded
+from .alike import Group, alike
+from .families import never_loaded
 
 #: The label of modules that no format explains.
 NOT_READ = "not read"
@@ -22,13 +21,14 @@ NOT_READ = "not read"
 class Kind:
     """Modules of equal tensors and an equal place in the config; `format` is None where `error` says why.
 
-    `is_loaded`: whether an engine loads them. Sizes are those of one module.
+    `is_loaded`: whether an engine loads them; `is_expert`: whether they are routed experts'. Sizes are those of one.
     """
 
     tensors: dict[str, TensorInfo]
     format: ModuleFormat | None
     error: FormatError | None
     is_loaded: bool
+    is_expert: bool
     names: list[str]
 
     @property
@@ -84,28 +84,28 @@ class InspectedRow:
 def kinds(checkpoint: Checkpoint) -> list[Kind]:
     """All modules, grouped; each group's format is detected once."""
     aside = never_loaded(checkpoint.modules, checkpoint.config)
-    groups: dict[tuple[int, int, bool], list[str]] = {}
+    groups: dict[tuple[int, int, bool, bool], list[str]] = {}
     for name, kind in checkpoint.modules.kinds.items():
-        groups.setdefault((kind, checkpoint.rule(name), name in aside), []).append(name)
-    return [_kind(checkpoint, names, not is_aside) for (_, _, is_aside), names in groups.items()]
+        key = kind, checkpoint.rule(name), name not in aside, ".experts." in name
+        groups.setdefault(key, []).append(name)
+    return [_kind(checkpoint, names, *key[2:]) for key, names in groups.items()]
 
 
 def rows(found: list[Kind]) -> list[InspectedRow]:
     """The modules of these kinds in a model's order, folded."""
-    ordered = sorted(alike(_measured(found)), key=lambda row: int(row.key[0]))
-    return [InspectedRow(row.names, row.key[1], row.key[2], row.number, *row.sizes) for row in ordered]
+    groups = [
+        Group((kind.label, kind.is_loaded), (kind.parameters, kind.file_bytes, kind.resident_bytes), kind.names)
+        for kind in found
+    ]
+    return [
+        InspectedRow(row.names, row.key[0], row.key[1], row.number, row.sizes[0], row.sizes[1], row.sizes[2])
+        for row in alike(groups)
+    ]
 
 
-def _measured(found: list[Kind]) -> Iterator[tuple[str, tuple[int, str, bool], tuple[int, ...]]]:
-    for kind in found:
-        label, sizes = kind.label, (kind.parameters, kind.file_bytes, kind.resident_bytes)
-        for name in kind.names:
-            yield name, (model_order(name), label, kind.is_loaded), sizes
-
-
-def _kind(checkpoint: Checkpoint, names: list[str], is_loaded: bool) -> Kind:
+def _kind(checkpoint: Checkpoint, names: list[str], is_loaded: bool, is_expert: bool) -> Kind:
     tensors = dict(checkpoint.modules[names[0]])
     try:
-        return Kind(tensors, checkpoint.format(names[0]), None, is_loaded, names)
+        return Kind(tensors, checkpoint.format(names[0]), None, is_loaded, is_expert, names)
     except FormatError as error:
-        return Kind(tensors, None, error, is_loaded, names)
+        return Kind(tensors, None, error, is_loaded, is_expert, names)

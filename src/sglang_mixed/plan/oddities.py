@@ -19,11 +19,15 @@ _SHOWN = 3
 
 def oddities(checkpoint: Checkpoint, kinds: list[Kind]) -> list[str]:
     """One sentence each."""
+    loaded = [kind for kind in kinds if kind.is_loaded]
+    experts = [name for kind in loaded if kind.is_expert for name in kind.names]
+    others = [name for kind in loaded if not kind.is_expert for name in kind.names]
     return [
         *_unread(kinds),
         *_claims(checkpoint, kinds),
-        *_counts(checkpoint, kinds),
-        *_norms(kinds),
+        *_counts(checkpoint, others),
+        *_experts(checkpoint, experts),
+        *_norms([name for name in others if name.endswith("norm")]),
         *_aside(checkpoint, kinds),
         *_files(checkpoint),
     ]
@@ -67,28 +71,28 @@ def _claims(checkpoint: Checkpoint, kinds: list[Kind]) -> Iterator[str]:
         yield f"config.json says {said}, and {len(other)} modules are {' and '.join(found)}: {_names(other)}"
 
 
-def _counts(checkpoint: Checkpoint, kinds: list[Kind]) -> Iterator[str]:
-    """Layers, experts and words that the config counts, and the files hold."""
+def _counts(checkpoint: Checkpoint, names: list[str]) -> Iterator[str]:
+    """Layers and tokens that the config counts, and the files hold."""
     text = text_config(checkpoint.config)
-    loaded = [name for kind in kinds if kind.is_loaded for name in kind.names]
-    layers = {number for name in loaded if ".experts." not in name and (number := _layer(name)) is not None}
-    if layers and (said := text.get("num_hidden_layers")) is not None and layers != set(range(said)):
+    layers, said = {number for name in names if (number := _layer(name)) is not None}, text.get("num_hidden_layers")
+    if layers and said is not None and layers != set(range(said)):
         yield f"config.json counts {said} layers, the files hold {len(layers)}"
-    owners = [name.partition(".experts.") for name in loaded if name.endswith((".down_proj", ".w2"))]
-    experts = [before for before, found, _ in owners if found]
-    wanted = num_experts(checkpoint.config)
-    if experts and len(experts) != wanted * len(set(experts)):
-        yield f"config.json counts {wanted} experts, {len(set(experts))} layers hold {len(experts)} in all"
-    for kind in kinds:
-        words, shape = text.get("vocab_size"), kind.format.shape if kind.format else ()
-        if words and shape and shape[0] != words:
-            for name in filter(is_embedding, kind.names):
-                yield f"config.json counts {words} tokens, {name} has {shape[0]} rows"
+    words = text.get("vocab_size")
+    for name in filter(is_embedding, names):
+        weight = checkpoint.modules[name].get("weight")
+        if words and weight and weight.shape[0] != words:
+            yield f"config.json counts {words} tokens, {name} has {weight.shape[0]} rows"
 
 
-def _norms(kinds: list[Kind]) -> Iterator[str]:
+def _experts(checkpoint: Checkpoint, names: list[str]) -> Iterator[str]:
+    owners = [name.partition(".experts.")[0] for name in names if name.endswith((".down_proj", ".w2"))]
+    wanted, layers = num_experts(checkpoint.config), len(set(owners))
+    if len(owners) != wanted * layers:
+        yield f"config.json counts {wanted} experts, {layers} layers hold {len(owners)} in all"
+
+
+def _norms(names: list[str]) -> Iterator[str]:
     """Norms that some layers have and others lack."""
-    names = [name for kind in kinds if kind.is_loaded for name in kind.names if name.endswith("norm")]
     found: dict[str, set[int]] = {}
     for name in names:
         number = _layer(name)

@@ -14,8 +14,7 @@ from ..config import MixedPrecisionMap
 from ..errors import DifferentBaseError, TensorMissingError
 from ..formats import ModuleFormat, TensorInfo, from_json, get_format, to_json
 from . import size
-from .alike import alike
-from .families import model_order
+from .alike import Group, alike
 from .rank import ALONE, Rank, RankPlan
 
 _VERSION = 2
@@ -127,19 +126,17 @@ class Plan:
 
     def rows(self) -> list[Row]:
         """The plan by groups of modules that differ only in their numbers or last names, in a model's order."""
-        kinds: dict[tuple[int, str | None], tuple[str, tuple[int, int]]] = {}
-        named = []
+        groups: dict[tuple[str, int, str | None], Group] = {}
         for module in self.modules.values():
-            kind = id(module.format), module.bias
-            if kind not in kinds:
+            kind = module.source, id(module.format), module.bias
+            group = groups.get(kind)
+            if group is None:
                 label = get_format(module.format.name).label(module.format.parameters)
-                kinds[kind] = label, (self.module_bytes(module), self.module_bf16_bytes(module))
-            label, sizes = kinds[kind]
-            named.append((module.name, (model_order(module.name), module.source, label), sizes))
-        return [
-            Row(one.names, one.key[1], one.key[2], one.number, *one.sizes)
-            for one in sorted(alike(named), key=lambda one: int(one.key[0]))
-        ]
+                sizes = self.module_bytes(module), self.module_bf16_bytes(module)
+                group = groups[kind] = Group((module.source, label), sizes, [])
+            group.names.append(module.name)
+        rows = alike(groups.values())
+        return [Row(row.names, row.key[0], row.key[1], row.number, row.sizes[0], row.sizes[1]) for row in rows]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; formats stand once, modules name them by number."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from ..errors import ParallelismError
 from ..formats import ModuleFormat
 from ..formats.slicing import Range, Region, cut, tensor_ranges, whole, widen
 from .families import cut_role, expert_of, heads_field, is_key_value, is_vocabulary, num_experts, text_config
-from .size import in_16_bits, item_bytes, resident
+from .size import in_16_bits, item_bytes, resident, stored
 
 if TYPE_CHECKING:
     from .plan import Plan, PlannedModule
@@ -63,6 +64,35 @@ class Part(NamedTuple):
         return self.wanted == self.held
 
 
+class Group(NamedTuple):
+    """Modules of which a rank holds the same part; either all of them are routed experts' or none is.
+
+    Bytes are those of one module. `bias`: the dtype of its bias, None without one.
+    """
+
+    part: Part
+    bias: str | None
+    is_expert: bool
+    names: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return resident(self.part.format) + _height(self.part) * item_bytes(self.bias)
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes that the part would take in 16 bits."""
+        widened = 2 * math.prod(end - begin for begin, end in self.part.wanted)
+        weight = in_16_bits(self.part.format) if self.part.is_exact else widened
+        return weight + (2 * _height(self.part) if self.bias else 0)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read of the file."""
+        return stored(self.part.format) + _height(self.part) * item_bytes(self.bias)
+
+
 class RankPlan:
     """A plan as one rank sees it. Raises ParallelismError where the model cannot be cut that way."""
 
@@ -80,13 +110,28 @@ class RankPlan:
         local = experts // rank.ep
         first = rank.number // rank.expert_tp * local
         self._experts = range(first, first + local)
-        #: Module -> what this rank holds of it; other ranks' experts are not in it.
-        self.parts = self._all_parts()
+        #: What this rank holds, modules of which it holds the same together.
+        self.groups = self._group()
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Module -> what this rank holds of it, in the plan's order; other ranks' experts are not in it."""
+        return {name: group.part for name, group in self._groups_by_name.items()}
+
+    @cached_property
+    def _groups_by_name(self) -> dict[str, Group]:
+        found = {name: group for group in self.groups for name in group.names}
+        return {name: found[name] for name in self.plan.modules if name in found}
 
     @property
     def weight_bytes(self) -> int:
         """Bytes that the rank's weights take in memory."""
-        return sum(self.module_bytes(name) for name in self.parts)
+        return sum(len(group.names) * group.nbytes for group in self.groups)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the rank reads of the files."""
+        return sum(len(group.names) * group.read_bytes for group in self.groups)
 
     @property
     def torn(self) -> list[str]:
@@ -95,17 +140,11 @@ class RankPlan:
 
     def module_bytes(self, name: str) -> int:
         """Bytes of one module's part, its bias included."""
-        return resident(self.parts[name].format) + self.bias_bytes(name)
-
-    def bias_bytes(self, name: str) -> int:
-        """Bytes of the bias of one module's part."""
-        return _height(self.parts[name]) * item_bytes(self.plan.modules[name].bias)
+        return self._groups_by_name[name].nbytes
 
     def module_bf16_bytes(self, name: str) -> int:
         """Bytes that the part would take in 16 bits."""
-        part, module = self.parts[name], self.plan.modules[name]
-        widened = 2 * math.prod(end - begin for begin, end in part.wanted)
-        return (in_16_bits(part.format) if part.is_exact else widened) + (2 * _height(part) if module.bias else 0)
+        return self._groups_by_name[name].bf16_bytes
 
     def reads(self) -> Iterator[tuple[str, Path, list[Read]]]:
         """(source, file, tensors in the order of the file) of exactly what the rank needs, bytes it lacks left out."""
@@ -127,25 +166,29 @@ class RankPlan:
                 if found:
                     yield source, shard.path, found
 
-    def _all_parts(self) -> dict[str, Part]:
-        parts: dict[str, Part] = {}
-        known: dict[tuple[str, int, bool], Part] = {}
-        for module in self.plan.modules.values():
-            parent, _, last = module.name.rpartition(".")
-            expert = expert_of(parent)
-            if expert is not None and expert[1] not in self._experts:
+    def _group(self) -> list[Group]:
+        groups: dict[tuple[str, int, str | None, bool], Group] = {}
+        #: Parent -> whether it is an expert of this rank; None for another rank's expert.
+        places: dict[str, bool | None] = {}
+        for name, _, module_format, _, bias in self.plan.modules.values():
+            parent, _, last = name.rpartition(".")
+            if parent not in places:
+                expert = expert_of(parent)
+                places[parent] = False if expert is None else True if expert[1] in self._experts else None
+            is_expert = places[parent]
+            if is_expert is None:
                 continue
-            key = last, id(module.format), expert is None
-            part = known.get(key)
-            if part is None:
-                part = known[key] = self._part(module, expert is not None)
-            parts[module.name] = part
-        return parts
+            key = last, id(module_format), bias, is_expert
+            group = groups.get(key)
+            if group is None:
+                group = groups[key] = Group(self._part(name, module_format, is_expert), bias, is_expert, [])
+            group.names.append(name)
+        return list(groups.values())
 
-    def _part(self, module: PlannedModule, is_expert: bool) -> Part:
-        wanted = self._region(module.name, module.format, is_expert)
-        held = widen(module.format, wanted)
-        return Part(wanted, held, cut(module.format, held))
+    def _part(self, name: str, module_format: ModuleFormat, is_expert: bool) -> Part:
+        wanted = self._region(name, module_format, is_expert)
+        held = widen(module_format, wanted)
+        return Part(wanted, held, cut(module_format, held))
 
     def _region(self, name: str, module_format: ModuleFormat, is_expert: bool) -> Region:
         everything, role = whole(module_format.shape), cut_role(name)

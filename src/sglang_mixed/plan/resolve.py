@@ -40,7 +40,13 @@ class Assignment:
     @property
     def used(self) -> set[str]:
         """The sources that give at least one module."""
-        return {self.default if rule is None else rule.source for rule in set(self.rules.values())}
+        return {self.default if rule is None else rule.source for rule in self.active}
+
+    @property
+    def active(self) -> list[Rule | None]:
+        """The rules that decide anything, None for the default."""
+        # Rules are few and compare slowly, modules are many.
+        return list({id(rule): rule for rule in self.rules.values()}.values())
 
 
 def default_source(described: MixedPrecisionMap, base: Path | None) -> str:
@@ -66,7 +72,8 @@ def assign(described: MixedPrecisionMap, default: str, base: Checkpoint) -> Assi
     decided: dict[str, Rule | None] = dict.fromkeys(modules)
     for name in skipped:
         del decided[name]
-    tree = NameTree(decided, lambda name: _nameable(modules[name]))
+    kinds, nameable = modules.kinds, [_nameable(tensors) for tensors in modules.tensors_of_kinds]
+    tree = NameTree(decided, lambda name: nameable[kinds[name]])
     check_complete(tree, base)
     parsed = list(zip(described.rules, described.patterns(), strict=True))
     for rule, pattern in sorted(parsed, key=lambda pair: pair[1].exact):
@@ -79,7 +86,7 @@ def assign(described: MixedPrecisionMap, default: str, base: Checkpoint) -> Assi
 
 def idle_rules(described: MixedPrecisionMap, assignment: Assignment) -> list[Rule]:
     """Rules that later or exact ones override everywhere."""
-    active = set(assignment.rules.values())
+    active = set(assignment.active)
     return [rule for rule in described.rules if rule not in active]
 
 
