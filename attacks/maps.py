@@ -44,6 +44,7 @@ ATTACKS = [
     Attack("a pattern of 1 MB", _rule("x" * (1 << 20)), MapSyntaxError, "YAML", MAP),
     Attack("a pattern of 1,001 characters", _rule("x" * 1001), PatternError, "at most 1000 characters", MAP),
     Attack("braces that stand for 10^15 names", _rule("{0..65535}{0..65535}{0..65535}"), PatternError, "braces", MAP),
+    Attack("nine ranges of 60,000 numbers", _rule(".".join(f"{{{one}..{60_000 + one}}}" for one in range(9))), PatternError, "all parts", MAP),
     Attack("a range of 10^9 numbers", _rule("model.layers.{0..999999999}.**"), PatternError, "range", MAP),
     Attack("a range that counts down", _rule("model.layers.{9..0}.**"), PatternError, "range", MAP),
     Attack("2^20 alternatives with dots", _rule(".".join(["{a.b,c.d}"] * 20)), PatternError, "alternatives", MAP),

@@ -59,14 +59,23 @@ def parse_pattern(text: str) -> Pattern:
     unbraced = _BRACES.sub("", text)
     if "{" in unbraced or "}" in unbraced:
         raise _malformed(text, "braces come in pairs and do not nest")
-    paths = []
+    paths, known = [], dict[str, Part]()
     for path in _split_dotted(text):
         parts = re.split(r"\.(?![^{]*\})", path)
         if not all(parts):
             raise _malformed(text, "a name part may not be empty")
-        parsed = [_parse_part(part, text) for part in parts]
+        for part in parts:
+            if part not in known:
+                known[part] = _parse_part(part, text)
+        if sum(len(part.words) for part in known.values()) > 2 * MAX_ALTERNATIVES:
+            raise _malformed(text, f"the braces of all parts stand for at most {2 * MAX_ALTERNATIVES} names")
+        parsed = [known[part] for part in parts]
         # `**.**` means what `**` means; collapsed, no walk repeats another.
-        paths.append(tuple(part for part, before in zip(parsed, [None, *parsed], strict=False) if part is not before))
+        paths.append(
+            tuple(
+                part for part, before in zip(parsed, [None, *parsed], strict=False) if not (part is before is ANY_PARTS)
+            )
+        )
     return Pattern(text, tuple(paths))
 
 
