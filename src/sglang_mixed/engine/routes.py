@@ -28,7 +28,7 @@ def launch_subprocesses(original: Callable[..., Any], *args: Any, **kwargs: Any)
     if getattr(server_args, "quantization", None) != "mixed_precision":
         return original(*args, **kwargs)
     end_at_once()
-    with watching_launch():
+    with watching_launch(getattr(server_args, "dp_size", 1)):
         result = original(*args, **kwargs)
     watch_all(result)
     state.tokenizer_manager = result[0]

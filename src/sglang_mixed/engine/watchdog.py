@@ -28,13 +28,15 @@ def end_at_once() -> None:
 
 
 @contextmanager
-def watching_launch() -> Iterator[None]:
-    """End this process, as SGLang does after a crash, if a rank below a child of it dies while the model is loaded.
+def watching_launch(copies: int) -> Iterator[None]:
+    """End this process, as SGLang does after a crash, if a rank of several copies (DP) dies while the model is loaded.
 
-    A copy's controller (DP) would wait for its rank for ever, and nobody watches before all are ready.
+    Their controller would wait for it for ever, and nobody watches before all are ready. What hangs below a rank of
+    one copy is no rank, and notices itself what becomes of it.
     """
     done = threading.Event()
-    threading.Thread(target=_watch_launch, args=(done,), name="launch-watchdog", daemon=True).start()
+    if copies > 1:
+        threading.Thread(target=_watch_launch, args=(done,), name="launch-watchdog", daemon=True).start()
     try:
         yield
     finally:
@@ -42,15 +44,18 @@ def watching_launch() -> Iterator[None]:
 
 
 def _watch_launch(done: threading.Event) -> None:
+    before: set[int] = set()
     while not done.wait(_INTERVAL):
         try:
-            dead = [one for child in psutil.Process().children() for one in child.children() if _has_crashed(one)]
+            ranks = [one for child in psutil.Process().children() for one in child.children()]
         except psutil.Error:  # a child that ended meanwhile is its parent's to notice
             continue
-        if dead:
-            logger.critical("mixed precision: rank %d died while it started, ending the server", dead[0].pid)
+        dead = {one.pid for one in ranks if _has_crashed(one)}
+        if dead & before:  # a helper that failed is asked for at once
+            logger.critical("mixed precision: rank %d died while it started, ending the server", min(dead & before))
             os.kill(os.getpid(), signal.SIGQUIT)
             return
+        before = dead
 
 
 def _has_crashed(process: psutil.Process) -> bool:
