@@ -73,7 +73,9 @@ def main() -> int:
                     print(f"  errors: {traffic.errors[:3]}\n{log.read_text()[-3000:]}", file=sys.stderr)
     finally:
         stop_all()
-        record("kills", rounds=rounds, survived=survived, slowest_seconds=min(slowest, 999), served_after=served)
+        record(
+            "kills", rounds=rounds, survived=survived, slowest_seconds=round(min(slowest, 999), 2), served_after=served
+        )
     return 0 if survived == rounds else 1
 
 
