@@ -309,6 +309,7 @@ def wait_for(server: Server) -> None:
         try:
             get(f"{server.url}/model_info")
         except urllib.error.HTTPError as error:
+            error.close()
             assert error.code == 401
             return
         except OSError:

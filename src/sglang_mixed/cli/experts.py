@@ -147,7 +147,8 @@ def _ask(url: str, path: str, method: str, api_key: str | None) -> Any:
         with urlopen(Request(url.rstrip("/") + path, headers=headers, method=method), timeout=60) as answer:
             return json.load(answer)
     except HTTPError as error:
-        raise _refusal(error, url) from error
+        with error:
+            raise _refusal(error, url) from error
     except (URLError, OSError, ValueError) as error:
         raise EngineError(
             f"no expert statistics at this address: {getattr(error, 'reason', error)}",
