@@ -208,6 +208,19 @@ def test_a_buffer_that_nothing_can_compute_is_refused(tmp_path: Path) -> None:
         load_plan(model, plan)
 
 
+def test_experts_of_other_sizes_or_with_biases_are_refused() -> None:
+    plan = make_plan(TINY / "map.yaml")
+    for change, message in (("num_experts", "the model's experts are"), ("has_bias", "are with biases")):
+        model = build_on_meta(TINY / "bf16")
+        experts = model.model.layers[0].mlp.experts
+        if change == "num_experts":
+            experts.down_proj = torch.nn.Parameter(experts.down_proj[:4])
+        else:
+            experts.has_bias = True
+        with pytest.raises(ShapeError, match=message):
+            load_plan(model, plan)
+
+
 def test_quantized_weights_of_other_layers_are_refused(tmp_path: Path) -> None:
     fp8, bf16 = (checkpoints.write(tmp_path / kind, kind, layers=1, experts=0) for kind in ("fp8", "bf16"))
     plan = make_plan(checkpoints.write_map(tmp_path, {"**.q_proj": "fp8"}, default="bf16", bf16=bf16, fp8=fp8))

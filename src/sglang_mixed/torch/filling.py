@@ -71,7 +71,7 @@ class Filling:
 
     def _open_linear(self, name: str, module: PlannedModule) -> None:
         ((weight, _),) = self._open([module])
-        self.model.get_submodule(name).weight = None  # type: ignore[assignment]  # its memory goes before the new weight comes
+        self.model.get_submodule(name).register_parameter("weight", None)
 
         def build() -> None:
             bias = self._bias(module)
@@ -84,9 +84,8 @@ class Filling:
         opened = [([one for one, _ in self._open(expert[:2])], self._open(expert[2:])[0][0]) for expert in experts]
         original = self.model.get_submodule(name)
         activate = activation_of(original)
-        for local, parameter in list(original.named_parameters(recurse=False)):
-            if parameter.dim() > 1:
-                setattr(original, local, None)
+        for local, _ in list(original.named_parameters(recurse=False)):
+            original.register_parameter(local, None)
 
         def build() -> None:
             weights = [

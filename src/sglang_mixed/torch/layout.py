@@ -92,7 +92,14 @@ def _check_experts(name: str, module: torch.nn.Module, experts: list[Sequence[Pl
             rule="experts are linear layers each, or one module with transformers 5's `experts_implementation`",
             remedy="serve this model with SGLang",
         )
-    _, gate, down = (one.format.shape for one in experts[0])
+    has_bias = bool(getattr(module, "has_bias", False))
+    if {has_bias} != {_has_bias(one) for expert in experts for one in expert}:
+        raise ShapeError(
+            f"the model's experts are with{'' if has_bias else 'out'} biases, the checkpoints' are not",
+            tensor=name,
+            rule=_RULE,
+        )
+    gate, _, down = (one.format.shape for one in experts[0])
     if any(shape[0] != len(experts) for shape in shapes) or not any(sorted(s[1:]) == sorted(down) for s in shapes):
         raise ShapeError(
             f"the model's experts are {' and '.join(str(list(shape)) for shape in shapes)}; the checkpoints hold "

@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..errors import ShapeError
 from ..formats import get_format
-from ..formats.plain import without_bias
+from ..formats.plain import main_name, without_bias
 from ..kernels import pack
 from .cache import DequantizationCache
 from .matrix import CompressedMatrix
@@ -78,7 +78,7 @@ class MixedPrecisionLinear(CompressedModule):
         """W [out, in], dequantized anew: BF16, or the dtype of a weight that is not quantized."""
         matrix = self.matrices[0]
         if matrix.format.name == "plain":
-            return next(iter(matrix.resident.values()))
+            return matrix.resident[main_name(matrix.format.parameters.names)]
         return matrix.dequantize(torch.bfloat16)
 
     @property
