@@ -160,18 +160,23 @@ def _bytes(weight, step, rows, is_output, codec: tl.constexpr):
 @triton.jit
 def _words(line, step, rows, is_output, codec: tl.constexpr):
     """int32 [rows, step] of codes, joined of their planes."""
-    STEP: tl.constexpr = codec.step
-    codes = tl.zeros((rows.shape[0], STEP), tl.int32)
-    for index in tl.static_range(len(codec.planes)):
-        BITS: tl.constexpr = codec.planes[index][0]
-        BELOW: tl.constexpr = codec.planes[index][1]
-        FIRST: tl.constexpr = codec.rows * codec.width * (codec.bits - BITS - BELOW) // 32
-        WORDS: tl.constexpr = codec.step * BITS // 32
-        weight = _pointer(line, WEIGHT, tl.int32) + FIRST + step * (codec.rows * WORDS)
-        words = tl.load(weight + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
-        parts = (words[:, :, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, None, :]) & ((1 << BITS) - 1)
-        codes |= tl.reshape(parts, (rows.shape[0], STEP)) << BELOW
+    codes = _plane(line, step, rows, is_output, codec, 0)
+    for index in tl.static_range(1, len(codec.planes)):
+        codes |= _plane(line, step, rows, is_output, codec, index)
     return codes
+
+
+@triton.jit
+def _plane(line, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constexpr):
+    BITS: tl.constexpr = codec.planes[NUMBER][0]
+    BELOW: tl.constexpr = codec.planes[NUMBER][1]
+    FIRST: tl.constexpr = codec.rows * codec.width * (codec.bits - BITS - BELOW) // 32
+    STEP: tl.constexpr = codec.step
+    WORDS: tl.constexpr = codec.step * BITS // 32
+    weight = _pointer(line, WEIGHT, tl.int32) + FIRST + step * (codec.rows * WORDS)
+    words = tl.load(weight + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
+    parts = (words[:, :, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, None, :]) & ((1 << BITS) - 1)
+    return tl.reshape(parts, (rows.shape[0], STEP)) << BELOW
 
 
 @triton.jit

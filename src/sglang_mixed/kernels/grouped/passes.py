@@ -12,7 +12,7 @@ import triton.language as tl
 from .decode import FIELDS, bias, multiply
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_pairs", "num_blocks"))
 def sort_pairs(
     ids, pairs, experts, num_pairs, num_blocks, NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -137,7 +137,7 @@ def sum_slots(x, ids, output, factor, HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
     tl.store(output + token * HIDDEN + columns, (total * factor).to(output.dtype.element_ty), columns < HIDDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def linear(
     x,
     output,
