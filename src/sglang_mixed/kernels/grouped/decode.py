@@ -132,19 +132,22 @@ def _inputs(x, rows, is_row, line, step, X_COLUMNS: tl.constexpr, codec: tl.cons
 @triton.jit
 def _values(x, line, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
     """[rows, step] of the weight in `DOT`, before scales; codes less their middle."""
+    # No early returns: Triton also compiles what follows them.
     if codec.kind == PLAIN:
-        return _bytes(_pointer(line, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec).to(DOT)
-    if codec.kind == FP8:
-        return _bytes(_pointer(line, WEIGHT, tl.float8e4nv), step, rows, is_output, codec).to(DOT)
-    if codec.kind == INT8:
-        return _bytes(_pointer(line, WEIGHT, tl.int8), step, rows, is_output, codec).to(DOT)
-    if codec.kind == E2M1:
-        return _halves(_words(line, step, rows, is_output, codec)).to(DOT)
-    if codec.bits == 8:
-        codes = _bytes(_pointer(line, WEIGHT, tl.uint8), step, rows, is_output, codec).to(tl.int32)
+        values = _bytes(_pointer(line, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
+    elif codec.kind == FP8:
+        values = _bytes(_pointer(line, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
+    elif codec.kind == INT8:
+        values = _bytes(_pointer(line, WEIGHT, tl.int8), step, rows, is_output, codec)
+    elif codec.kind == E2M1:
+        values = _halves(_words(line, step, rows, is_output, codec))
     else:
-        codes = _words(line, step, rows, is_output, codec)
-    return ((codes | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + codec.middle)).to(DOT)
+        if codec.bits == 8:
+            codes = _bytes(_pointer(line, WEIGHT, tl.uint8), step, rows, is_output, codec).to(tl.int32)
+        else:
+            codes = _words(line, step, rows, is_output, codec)
+        values = (codes | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + codec.middle)
+    return values.to(DOT)
 
 
 @triton.jit
