@@ -119,7 +119,8 @@ def least_step(codec: Codec) -> int:
 
 
 def _step(codec: Codec, columns: int) -> int:
-    most = 64 if codec.kind == PLAIN else LARGEST_STEP
+    # Values of 16 bits, and codes joined of planes, take registers: those of 7 bits spilled.
+    most = 64 if codec.kind == PLAIN or (codec.has_words and len(codec.planes) > 1) else LARGEST_STEP
     if codec.group != ALL:
         return max(math.gcd(codec.group, most), least_step(codec))
     return max(least_step(codec), min(most, 1 << (columns - 1).bit_length()))
