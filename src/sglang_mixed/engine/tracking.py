@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ _PHASES = PREFILL, DECODE, PADDING = range(3)
 
 
 class ExpertTracker:
-    """One model's counts in this process. Tensors are [phases, layers, slots] on the model's device.
+    """One model's counts in this process. Tensors are [phases, layers, slots], flat, on the model's device.
 
     Slot 0 is where -1 counts, an id that means no expert, and slot 1 + e expert e's. The phase of padding, and of what
     is run only to warm up or to be captured, is never read. A reset only moves `since`: what is on the device grows.
@@ -43,17 +44,22 @@ class ExpertTracker:
         self._experts, slots = max(experts for _, experts, _ in layers), 1 + max(ids for *_, ids in layers)
         self._top_k = top_k
         self._rows = {layer: row for row, layer in enumerate(self.layers)}
-        shape = (len(_PHASES), len(layers), slots)
-        self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._shape = (len(_PHASES), len(layers), slots)
+        self._phase_slots = len(layers) * slots
+        size = len(_PHASES) * self._phase_slots
+        self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
         # A float32 sum would stop growing after some ten million tokens.
-        self._weights = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._last_active = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._first_slots = torch.arange(1, len(layers) * slots, slots, device=device).view(-1, 1, 1)
+        self._weights = torch.zeros(size, dtype=torch.float64, device=device)
+        self._last_active = torch.zeros(size, dtype=torch.float64, device=device)
+        self._first_slots = torch.arange(1, self._phase_slots, slots, device=device).view(-1, 1, 1)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._now = torch.zeros((), dtype=torch.float64, device=device)
         #: The first row of the batch that is decode, and the first that is padding.
         self._bounds = torch.zeros(len(_PHASES) - 1, dtype=torch.int64, device=device)
+        #: [rows, 1]: where the slots of each row's phase begin; the same for batches that are not longer.
+        self._begins = torch.full((MOST_ROWS_KEPT, 1), PADDING * self._phase_slots, device=device)
         self._filled = (0, 0)
+        self._device = torch.get_device_module(device)
         self._kept: list[tuple[int, torch.Tensor, torch.Tensor]] | None = None
         self._stream: Any = None
         self._since = time.time()
@@ -62,12 +68,14 @@ class ExpertTracker:
     def start_batch(self, prefill: int, decode: int) -> None:
         """The rows of the batch that is computed next: so many of prefill, then so many of decode, then padding."""
         bounds = prefill, prefill + decode
-        for place, (filled, wanted) in enumerate(zip(self._filled, bounds, strict=True)):
-            if filled != wanted:
-                self._bounds[place].fill_(wanted)
-        self._filled = bounds
+        if self._filled != bounds:
+            self._filled = bounds
+            for phase, (begin, end) in enumerate(pairwise((0, *bounds, MOST_ROWS_KEPT))):
+                self._begins[begin:end] = phase * self._phase_slots
+            for place, bound in enumerate(bounds):
+                self._bounds[place] = bound
         self._now.fill_(time.time())
-        self._stream = torch.get_device_module(self._tokens.device).current_stream()
+        self._stream = self._device.current_stream()
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -100,11 +108,16 @@ class ExpertTracker:
 
     def _add(self, first_slots: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """ids and weights [layers, rows, top-k]; first_slots [layers, 1, 1]."""
-        phases = torch.bucketize(torch.arange(ids.shape[1], device=ids.device), self._bounds, right=True)
-        slots = (ids + first_slots).add_(phases[:, None], alpha=self._tokens[0].numel()).flatten()
-        self._tokens.view(-1).scatter_add_(0, slots, self._one.expand(len(slots)))
-        self._weights.view(-1).scatter_add_(0, slots, weights.flatten().double())
-        self._last_active.view(-1).scatter_(0, slots, self._now.expand(len(slots)))
+        rows = ids.shape[1]
+        if rows <= MOST_ROWS_KEPT:
+            begins = self._begins[:rows]
+        else:
+            phases = torch.bucketize(torch.arange(rows, device=ids.device), self._bounds, right=True)
+            begins = phases[:, None] * self._phase_slots
+        slots = (ids + first_slots).add_(begins).view(-1)
+        self._tokens.index_add_(0, slots, self._one.expand(len(slots)))
+        self._weights.index_add_(0, slots, weights.double().view(-1))
+        self._last_active.index_put_((slots,), self._now)
 
     def counts(self) -> ExpertCounts:
         """What was counted since the last reset. Waits for the batches that are being computed, and for no others."""
@@ -123,9 +136,9 @@ class ExpertTracker:
 
     def _read(self) -> tuple[np.ndarray, ...]:
         """Tokens, weights and times, all as after one and the same step: read where the steps are queued."""
-        with torch.get_device_module(self._tokens.device).stream(self._stream):
+        with self._device.stream(self._stream):
             tensors = [
-                tensor[:PADDING, :, 1 : 1 + self._experts].clone()
+                tensor.view(self._shape)[:PADDING, :, 1 : 1 + self._experts].clone()
                 for tensor in (self._tokens, self._weights, self._last_active)
             ]
             return tuple(tensor.cpu().numpy() for tensor in tensors)
