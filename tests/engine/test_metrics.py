@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
+import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from .conftest import TINY, Server, http
+from .conftest import TINY, Server, free_port, http
 
 MAP = TINY / "experts.yaml"
+EXAMPLES = TINY.parent
 FLAGS = ("--model-path", TINY / "bf16", "--enable-mixed-precision", "--mixed-precision-config", MAP, "--enable-metrics")
 #: What each of our labels can be on this model: 2 layers of 8 experts on one rank.
 VALUES = {
@@ -103,3 +109,52 @@ def test_promtool_finds_nothing_to_object_to(server: Server) -> None:
     text = "".join(line for line in scrape(server).splitlines(keepends=True) if "sglang_mixed" in line)
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def dashboard_queries() -> list[str]:
+    """What the panels of the dashboard ask, with Grafana's variables filled in."""
+    dashboard = json.loads((EXAMPLES / "grafana" / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return [query.replace("$instance", ".*").replace("$__rate_interval", "10s") for query in queries]
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(metrics: Mapping[str, Metric]) -> None:
+    asked = {name for query in dashboard_queries() for name in re.findall(r"sglang_mixed_\w+", query)}
+    assert asked <= {sample.name for family in metrics.values() for sample in family.samples}
+    assert len(asked) >= 6
+
+
+def test_prometheus_scrapes_them_and_answers_every_panel(
+    server: Server, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        pytest.skip("no Prometheus on this machine: apt install prometheus")
+    described = (
+        (EXAMPLES / "grafana" / "prometheus.yml").read_text().replace("scrape_interval: 5s", "scrape_interval: 1s")
+    )
+    (tmp_path / "prometheus.yml").write_text(described.replace("127.0.0.1:30000", server.url.removeprefix("http://")))
+    port = free_port()
+    where = (f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [prometheus, *where, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
+        )
+    try:
+        deadline, left = time.monotonic() + 60, dashboard_queries()
+        while left and time.monotonic() < deadline:
+            server.generate(prompts[:1], sampling_params={"max_new_tokens": 2, "temperature": 0})
+            left = [query for query in left if not answers(port, query)]
+        assert left == [], (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(port: int, query: str) -> bool:
+    """Whether Prometheus has a value for this."""
+    try:
+        reply = http(f"http://127.0.0.1:{port}/api/v1/query?query={urllib.parse.quote(query)}")
+    except OSError:  # it is starting, or it does not understand the query
+        return False
+    return any(float(one["value"][1]) > 0 for one in reply["data"]["result"])
