@@ -30,9 +30,9 @@ from sglang_mixed.sensitivity.model import ReferenceModel
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 SOURCES = {"bf16": "bf16", "fp8": "fp8-block", "fp8_channel": "fp8-channel", "int8": "int8", "gptq_int4": "gptq-int4"}
-WINDOW, CALIBRATION_WINDOWS, TEST_WINDOWS, PROSE_WINDOWS = 256, 16, 32, 24
+WINDOW, CALIBRATION_WINDOWS, TEST_WINDOWS, PROSE_WINDOWS = 256, 32, 48, 32
 #: Shares of the way from all-Int4 to all-INT8, in bytes.
-BUDGETS = (0.15, 0.3, 0.5)
+BUDGETS = (0.3, 0.45, 0.6, 0.75)
 RULE_BAR, LAYER_BAR, TRAFFIC_BAR = 0.75, 1.0, 1.0
 
 Choice = dict[str, str]
@@ -105,9 +105,9 @@ class Trial:
 
 
 def best(trial: Trial, mixes: Iterable[tuple[str, Choice]], limit: int, predicted: Callable[[Choice], float]) -> Tried:
-    """The best of the three that promise most within the limit."""
+    """The best of the eight that promise most within the limit."""
     fitting = [(name, choice) for name, choice in mixes if trial.candidates.with_choice(choice).weight_bytes() <= limit]
-    promising = sorted(fitting, key=lambda mix: predicted(mix[1]))[:3]
+    promising = sorted(fitting, key=lambda mix: predicted(mix[1]))[:8]
     return min((trial(*mix) for mix in promising), key=lambda tried: tried.divergence)
 
 
@@ -174,10 +174,11 @@ def counted(uses: Mapping[str, tuple[float, ...]], tokens: int) -> ExpertExport:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--split", action="store_true", help="choose each matrix by itself")
     parser.add_argument("--sensitivity", type=Path, help="kept between runs: measured if it is not there")
     arguments = parser.parse_args()
     described = MixedPrecisionMap(TINY / "search", {name: TINY / folder for name, folder in SOURCES.items()})
-    candidates = find_candidates(described)
+    candidates = find_candidates(described, split=arguments.split)
     if arguments.sensitivity and arguments.sensitivity.exists():
         sensitivity = read_sensitivity(arguments.sensitivity)
     else:

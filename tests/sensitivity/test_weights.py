@@ -67,13 +67,14 @@ def test_a_measurement_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         if len(counted) == 6:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        measure_weights(candidates, Progress(file, facts), stop)
+    with pytest.raises(KeyboardInterrupt), Progress(file, facts) as progress:
+        measure_weights(candidates, progress, stop)
     with file.open("a") as torn:
         torn.write('{"name": "model.lay')
-    progress, counted = Progress(file, facts), []
-    assert len(progress.done) == 5  # the first call tells of none
-    found = measure_weights(candidates, progress, counted.append)
+    counted = []
+    with Progress(file, facts) as progress:
+        assert len(progress.done) == 5  # the first call tells of none
+        found = measure_weights(candidates, progress, counted.append)
     assert counted[0] == 5 and sum(counted) == len(found.errors["fp8"])
     assert found.errors == measure_weights(candidates).errors
     with pytest.raises(SensitivityError, match="another measurement"):

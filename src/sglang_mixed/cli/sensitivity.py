@@ -15,7 +15,7 @@ from ..errors import SensitivityError
 from ..plan.candidates import Candidates, find_candidates
 from ..plan.fold import split_name
 from ..search import weighted_errors
-from ..sensitivity import write_sensitivity
+from ..sensitivity import Sensitivity, write_sensitivity
 from ..sensitivity.progress import Progress
 from ..sensitivity.weights import measure_weights, wanted
 from .experts import gather
@@ -42,24 +42,29 @@ def run(
     traffic = gather([experts]) if experts else None
     candidates = find_candidates(described, split=split)
     facts: dict[str, Any] = {"sources": {name: one.digest for name, one in candidates.checkpoints.items()}}
+    windows = None
     if text is not None:
         windows = read_windows(text, candidates.checkpoints[candidates.base].path, tokens, window)
         facts |= {"text": _digest(text), "tokens": windows.numel(), "window": window, "split": split}
-    progress = Progress(output.with_name(f"{output.name}.partial") if output else None, facts)
-    with Bar(console=Console(stderr=True)) as bar:
-        count = len(candidates.units) if text else len(wanted(candidates))
-        task = bar.add_task("sensitivity", total=count)
-        if text is None:
-            found = measure_weights(candidates, progress, lambda modules: bar.advance(task, modules))
-        else:
-            from ..sensitivity.divergence import measure_divergence
-
-            details = {"text": facts["text"]}
-            found = measure_divergence(candidates, windows, progress, lambda one: bar.advance(task, one), details)
-    if output is not None:
-        write_sensitivity(output, found)
-        progress.finish()
+    with Progress(output.with_name(f"{output.name}.partial") if output else None, facts) as progress:
+        found = _measure(candidates, progress, windows, facts)
+        if output is not None:
+            write_sensitivity(output, found)
+            progress.finish()
     return {**found.to_json(), "kinds": by_kind(candidates, weighted_errors(candidates, found, traffic))}
+
+
+def _measure(
+    candidates: Candidates, progress: Progress, windows: torch.Tensor | None, facts: dict[str, Any]
+) -> Sensitivity:
+    with Bar(console=Console(stderr=True)) as bar:
+        task = bar.add_task("sensitivity", total=len(wanted(candidates) if windows is None else candidates.units))
+        if windows is None:
+            return measure_weights(candidates, progress, lambda modules: bar.advance(task, modules))
+        from ..sensitivity.divergence import measure_divergence
+
+        details = {"text": facts["text"]}
+        return measure_divergence(candidates, windows, progress, lambda one: bar.advance(task, one), details)
 
 
 def by_kind(candidates: Candidates, errors: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:

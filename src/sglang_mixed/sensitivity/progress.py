@@ -24,6 +24,13 @@ class Progress:
         self.done: dict[str, Found] = {}
         self._path, self._file = path, None if path is None else self._open(path, facts)
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def save(self, name: str, errors: Found) -> None:
         """One more part is done."""
         self.done[name] = errors
@@ -40,8 +47,7 @@ class Progress:
 
     def finish(self) -> None:
         """The result stands elsewhere: the file goes."""
-        if self._path is not None and self._file is not None:
-            self._file.close()
+        if self._path is not None:
             self._path.unlink()
 
     def _open(self, path: Path, facts: Mapping[str, Any] | None) -> TextIO:
