@@ -6,7 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("planning.py", "real_size.py", "cpu_linear.py", "moe_mix.py", "loading.py", "serving.py", "tracking.py")
+BENCHMARKS = (
+    "planning.py",
+    "real_size.py",
+    "search.py",
+    "search_real_size.py",
+    "cpu_linear.py",
+    "moe_mix.py",
+    "loading.py",
+    "serving.py",
+    "tracking.py",
+)
 
 if __name__ == "__main__":
     folder = Path(__file__).parent

@@ -1,8 +1,9 @@
 """What a planned mix gains: KL divergence to BF16 on held-out text, against hand rules and layer mixes of equal bytes.
 
 The tiny model runs in transformers in float32, so that nothing but the weights is rounded. Errors are measured on
-other text of the standard library. The last part plans for one kind of text, the documentation in prose, with and
-without what the experts do on it. `--table` prints the tables of docs/loop.md.
+other text of the standard library. Each is done twice: with every matrix chosen by itself, as a CPU runs it, and with
+whole experts and fused matrices, as a GPU does. The last part plans for one kind of text, the documentation in prose,
+with and without what the experts do on it. `--table` prints the tables of docs/loop.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ SOURCES = {"bf16": "bf16", "fp8": "fp8-block", "fp8_channel": "fp8-channel", "in
 WINDOW, CALIBRATION_WINDOWS, TEST_WINDOWS, PROSE_WINDOWS = 256, 32, 48, 32
 #: Shares of the way from all-Int4 to all-INT8, in bytes.
 BUDGETS = (0.3, 0.45, 0.6, 0.75)
-RULE_BAR, LAYER_BAR, TRAFFIC_BAR = 0.75, 1.0, 1.0
+#: Of a plan that chooses every matrix by itself, and of one that chooses whole experts.
+RULE_BARS = {True: 0.75, False: 1.0}
+UNITS = {True: "every matrix by itself", False: "whole experts"}
+LAYER_BAR, TRAFFIC_BAR = 1.0, 1.0
 
 Choice = dict[str, str]
 
@@ -68,17 +72,16 @@ def windows(text: str, count: int, skip: int = 0) -> torch.Tensor:
 
 
 def hand_rules(candidates: Candidates) -> Iterable[tuple[str, Choice]]:
-    """One source for attention and one for the experts, every pair; or a third for the experts of the first layer."""
-    for attention, first, second in itertools.product(SOURCES, repeat=3):
-        experts = first if first == second else f"{first}, then {second}"
-        choice = by_layer(candidates, (attention, attention), (first, second))
-        yield f"attention {attention}, experts {experts}", choice
+    """Attention high, experts low: one source for attention and one for the experts, every pair."""
+    for attention, experts in itertools.product(SOURCES, repeat=2):
+        yield f"attention {attention}, experts {experts}", by_layer(candidates, (attention,) * 2, (experts,) * 2)
 
 
 def layer_mixes(candidates: Candidates) -> Iterable[tuple[str, Choice]]:
-    """One source for each layer; the same for both is uniform."""
-    for mix in itertools.product(SOURCES, repeat=2):
-        yield f"layer 0 {mix[0]}, layer 1 {mix[1]}", by_layer(candidates, mix, mix)
+    """A source for each layer's attention and one for its experts; uniform where all are the same."""
+    for mix in itertools.product(SOURCES, repeat=4):
+        name = "layer 0: attention {}, experts {}; layer 1: attention {}, experts {}".format(*mix)
+        yield name, by_layer(candidates, mix[::2], mix[1::2])
 
 
 def by_layer(candidates: Candidates, attention: tuple[str, ...], experts: tuple[str, ...]) -> Choice:
@@ -111,7 +114,7 @@ def best(trial: Trial, mixes: Iterable[tuple[str, Choice]], limit: int, predicte
     return min((trial(*mix) for mix in promising), key=lambda tried: tried.divergence)
 
 
-def against_rules(candidates: Candidates, sensitivity: Sensitivity, table: bool) -> bool:
+def against_rules(candidates: Candidates, sensitivity: Sensitivity, split: bool, table: bool) -> bool:
     errors = weighted_errors(candidates, sensitivity)
     trial = Trial(candidates, windows((TINY / "heldout.txt").read_text(), TEST_WINDOWS))
     least, most = (candidates.with_choice(candidates.uniform(one)).weight_bytes() for one in ("gptq_int4", "int8"))
@@ -129,15 +132,15 @@ def against_rules(candidates: Candidates, sensitivity: Sensitivity, table: bool)
             for tried in (planned, by_rule, by_layer):
                 print(f"| {limit:,} | {tried.name} | {tried.rank_bytes:,} | {tried.divergence:.5f} |")
         ratio, layer_ratio = (planned.divergence / other.divergence for other in (by_rule, by_layer))
-        within = f"within {limit:,} bytes"
+        within = f"within {limit:,} bytes, {UNITS[split]}"
         verdicts += [
-            report("plan_kl_by_hand_rule", ratio, "x", f"{by_rule.name}, {within}", RULE_BAR),
+            report("plan_kl_by_hand_rule", ratio, "x", f"{by_rule.name}, {within}", RULE_BARS[split]),
             report("plan_kl_by_layer_mix", layer_ratio, "x", f"{by_layer.name}, {within}", LAYER_BAR),
         ]
     return all(verdicts)
 
 
-def with_traffic(candidates: Candidates, sensitivity: Sensitivity, table: bool) -> bool:
+def with_traffic(candidates: Candidates, sensitivity: Sensitivity, split: bool, table: bool) -> bool:
     """Plan for prose: what the experts did on other prose, against not knowing it."""
     text = prose()
     uses = ReferenceModel(candidates, windows(text, PROSE_WINDOWS)).expert_uses()
@@ -157,7 +160,7 @@ def with_traffic(candidates: Candidates, sensitivity: Sensitivity, table: bool) 
             for tried in found.values():
                 print(f"| {limit:,} | {tried.name} | {tried.rank_bytes:,} | {tried.divergence:.5f} |")
         ratio = found["experts-aware"].divergence / found["experts-blind"].divergence
-        baseline = f"the plan that knows nothing of the experts' use, on prose within {limit:,} bytes"
+        baseline = f"the plan that knows nothing of the experts' use, on prose within {limit:,} bytes, {UNITS[split]}"
         verdicts.append(report("plan_kl_by_blind_plan", ratio, "x", baseline, TRAFFIC_BAR))
     return all(verdicts)
 
@@ -171,22 +174,30 @@ def counted(uses: Mapping[str, tuple[float, ...]], tokens: int) -> ExpertExport:
     return ExpertExport.of_counts(counts)
 
 
+def measured(candidates: Candidates, file: Path | None) -> Sensitivity:
+    """On text of the library; kept in the file, if there is one."""
+    if file and file.exists():
+        return read_sensitivity(file)
+    text = library_text(skip=(TINY / "heldout.txt").read_text())
+    found = measure_divergence(candidates, windows(text, CALIBRATION_WINDOWS))
+    if file:
+        write_sensitivity(file, found)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--split", action="store_true", help="choose each matrix by itself")
-    parser.add_argument("--sensitivity", type=Path, help="kept between runs: measured if it is not there")
+    parser.add_argument("--keep", type=Path, help="folder of the measured errors: measured if they are not there")
     arguments = parser.parse_args()
     described = MixedPrecisionMap(TINY / "search", {name: TINY / folder for name, folder in SOURCES.items()})
-    candidates = find_candidates(described, split=arguments.split)
-    if arguments.sensitivity and arguments.sensitivity.exists():
-        sensitivity = read_sensitivity(arguments.sensitivity)
-    else:
-        text = windows(library_text(skip=(TINY / "heldout.txt").read_text()), CALIBRATION_WINDOWS)
-        sensitivity = measure_divergence(candidates, text)
-        if arguments.sensitivity:
-            write_sensitivity(arguments.sensitivity, sensitivity)
-    verdicts = [part(candidates, sensitivity, arguments.table) for part in (against_rules, with_traffic)]
+    verdicts = []
+    for split in (True, False):
+        candidates = find_candidates(described, split=split)
+        file = arguments.keep / f"{UNITS[split].replace(' ', '-')}.json" if arguments.keep else None
+        sensitivity = measured(candidates, file)
+        for part in (against_rules, with_traffic):
+            verdicts.append(part(candidates, sensitivity, split, arguments.table))
     return 0 if all(verdicts) else 1
 
 

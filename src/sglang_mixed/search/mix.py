@@ -15,7 +15,7 @@ from .program import Program
 from .use import Errors
 
 #: Budgets that a frontier is drawn at, and how exactly.
-POINTS, POINT_GAP, POINT_SECONDS = 12, 1e-2, 10.0
+POINTS, POINT_GAP, POINT_SECONDS = 9, 1e-2, 5.0
 
 
 @dataclass(frozen=True, slots=True)

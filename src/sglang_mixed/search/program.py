@@ -57,7 +57,7 @@ class Program:
         """Bytes of the fullest rank if every unit is as small as it can be."""
         return int(self._costs.total(self._smallest()).max())
 
-    def solve(self, limit: int, gap: float = 1e-3, seconds: float = 40.0) -> Solution:
+    def solve(self, limit: int, gap: float = 2e-3, seconds: float = 25.0) -> Solution:
         """The choice within `limit` bytes a rank; its error is proven to a relative `gap`, or `seconds` are over.
 
         Raises BudgetError where there is none.
