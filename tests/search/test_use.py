@@ -74,3 +74,10 @@ def test_what_was_not_measured_is_named(candidates: Candidates) -> None:
     measured = Sensitivity(Measure.WEIGHT, "bf16", {"fp8": {"model.layers.0.self_attn.o_proj": 1.0}})
     with pytest.raises(SensitivityError, match="no error was measured for fp8"):
         weighted_errors(candidates, measured)
+
+
+def test_a_measurement_that_counted_no_experts_cannot_be_moved_to_traffic(candidates: Candidates) -> None:
+    errors = {"fp8": dict.fromkeys(candidates.units, 1.0)}
+    measured = Sensitivity(Measure.DIVERGENCE, "bf16", errors, {}, {"tokens": 4096})
+    with pytest.raises(SensitivityError, match="did not count"):
+        weighted_errors(candidates, measured, counted((1, 1, 1, 1), (1, 1, 1, 1)))

@@ -15,7 +15,9 @@ from sglang_mixed.sensitivity.divergence import measure_divergence
 from sglang_mixed.sensitivity.model import ReferenceModel
 
 from ..engine.comparison import held_out_prompts
+from ..engine.family_models import write_family
 from ..engine.launch import TINY
+from ..formats import packers
 from ..models import write
 
 EXPERT, ATTENTION = "model.layers.1.mlp.experts.5", "model.layers.0.self_attn.qkv_proj"
@@ -76,6 +78,19 @@ def test_every_token_is_counted_at_its_experts(model: ReferenceModel) -> None:
     uses = model.expert_uses()
     assert list(uses) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert all(sum(shares) == pytest.approx(2) for shares in uses.values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "deepseek_v2"])
+def test_weights_are_found_however_transformers_stacks_them(tmp_path: Path, family: str) -> None:
+    write_family(tmp_path / "bf16", family)
+    write_family(tmp_path / "gptq", family, packers.gptq)
+    sources = {name: tmp_path / name for name in ("bf16", "gptq")}
+    described = MixedPrecisionMap(tmp_path / "sources", sources, allow_different_base=True)
+    candidates = find_candidates(described)
+    model = ReferenceModel(candidates, torch.arange(16).view(1, 16))
+    for unit in candidates.units.values():
+        for name in unit.modules:
+            assert model.slot(name).equal(candidates.dequantize("bf16", name))
 
 
 def test_every_unit_is_measured_and_a_dense_model_too(tmp_path: Path) -> None:

@@ -163,10 +163,13 @@ def _without_incomplete(
     return {name: module for name, module in modules.items() if name not in lost}
 
 
-def _units(modules: Iterable[str], sources: Mapping[str, Mapping[str, PlannedModule]], split: bool) -> dict[str, Unit]:
+def _units(
+    modules: Mapping[str, PlannedModule], sources: Mapping[str, Mapping[str, PlannedModule]], split: bool
+) -> dict[str, Unit]:
     members: dict[tuple[str, str | None], list[str]] = {}
-    for name in modules:
-        if not runs_in_16_bits(name):
+    for name, module in modules.items():
+        # What is no matrix, such as the sinks of attention, has no other form.
+        if not runs_in_16_bits(name) and len(module.format.shape) == 2:
             members.setdefault(_place(name, split), []).append(name)
     units = {}
     for (name, group), names in members.items():

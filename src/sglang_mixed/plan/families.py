@@ -70,9 +70,9 @@ _NEVER_TIED = frozenset(f"{name}ForCausalLM" for name in ("Qwen2Moe", "Qwen3Moe"
 #: Architecture -> how the names of what SGLang leaves aside begin: it serves these models' text only, unless told.
 _TEXT_ONLY = {"Llama4ForConditionalGeneration": ("vision_model.", "multi_modal_projector.")}
 #: What the names of a language model begin with, where it is part of a larger model.
-_LANGUAGE_MODEL = "language_model."
+LANGUAGE_MODEL = "language_model."
 #: Where a model's layers are numbered.
-LAYERS = ("model.layers", f"{_LANGUAGE_MODEL}model.layers")
+LAYERS = ("model.layers", f"{LANGUAGE_MODEL}model.layers")
 #: model_type -> the projections whose rows SGLang reorders when it loads them, in 16 bits.
 _REORDERED = {"llama4_text": ("q_proj", "k_proj")}
 #: Layers past the last for multi-token prediction; no model appends more.
@@ -137,7 +137,7 @@ def never_loaded(modules: Iterable[str], config: Mapping[str, Any]) -> set[str]:
     text, architectures = text_config(config), config.get("architectures") or ()
     layers = int(text.get("num_hidden_layers") or 0)
     further = range(layers, layers + _MAX_EXTRA_LAYERS) if layers else ()
-    owners = ("",) if text is config else ("", _LANGUAGE_MODEL)
+    owners = ("",) if text is config else ("", LANGUAGE_MODEL)
     aside = [f"{owner}model.layers.{layer}." for owner in owners for layer in further]
     aside += [start for name in architectures for start in _TEXT_ONLY.get(name, ())]
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings")))

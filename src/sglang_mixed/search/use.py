@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ExpertCountsError
+from ..errors import ExpertCountsError, SensitivityError
 from ..experts import ExpertExport
 from ..plan.candidates import Candidates, Unit
 from ..plan.families import expert_of, layer_of, num_experts, text_config
@@ -53,7 +53,14 @@ def _put_in_place(
     tokens = int(sensitivity.details.get("tokens", 0)) or 1
     layers: dict[tuple[str, str], list[str]] = {}
     for name, source in errors:
-        if name in places and places[name][0] in sensitivity.uses:
+        if name in places:
+            if places[name][0] not in sensitivity.uses:
+                raise SensitivityError(
+                    "the measurement did not count how its text used these experts",
+                    tensor=places[name][0],
+                    rule="a divergence is moved to other traffic by the ratio of both uses",
+                    remedy="plan without --experts, or with errors of the weights: sensitivity without --text",
+                )
             layers.setdefault((places[name][0], source), []).append(name)
     for (owner, source), names in layers.items():
         uses = np.array([sensitivity.uses[owner][places[name][1]] for name in names])

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import SensitivityError, UnsupportedError
 from ..plan.candidates import Candidates
-from ..plan.families import EXPERTS, expert_of
+from ..plan.families import EXPERTS, LANGUAGE_MODEL, expert_of
 
 _LAYERS = ".layers."
 #: Rows of tokens that run together.
@@ -118,17 +118,24 @@ class ReferenceModel:
                         yield matrix[part::2]
 
     def _parameters(self, name: str) -> list[tuple[str, torch.nn.Parameter]]:
-        try:
-            return list(self._model.get_submodule(name).named_parameters(recurse=False))
-        except AttributeError:
-            return []
+        module = self._submodule(name)
+        return [] if module is None else list(module.named_parameters(recurse=False))
+
+    def _submodule(self, name: str) -> torch.nn.Module | None:
+        """By its checkpoint name, or by that within the language model, where transformers loads that alone."""
+        for known in (name, name.removeprefix(LANGUAGE_MODEL)):
+            try:
+                return self._model.get_submodule(known)
+            except AttributeError:
+                continue
+        return None
 
     def _decoder_layers(self) -> torch.nn.ModuleList:
         names = (module for unit in self._candidates.units.values() for module in unit.modules)
         layered = next((name for name in names if _LAYERS in name), None)
         if layered is None:
             raise SensitivityError("no source differs from the base in any layer", remedy="add a quantized source")
-        layers = self._model.get_submodule(layered.partition(_LAYERS)[0] + ".layers")
+        layers = self._submodule(layered.partition(_LAYERS)[0] + ".layers")
         assert isinstance(layers, torch.nn.ModuleList)
         return layers
 
