@@ -1,11 +1,11 @@
-# install | lint | test | demo | bench | checkpoints: the same words here and in CI. Needs Python 3.11+ with pip and a C++ compiler.
+# install | lint | test | demo | bench | docs | checkpoints: the same words here and in CI. Needs Python 3.11+ with pip and a C++ compiler.
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .venv-uv/bin/uv)
 BIN := .venv/bin
 # SGLang imports 3,000 files in every process: without cached bytecode a server starts twice as slowly.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install lint test demo bench checkpoints clean
+.PHONY: install lint test demo bench docs checkpoints clean
 
 install: .venv/installed
 
@@ -16,7 +16,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml requirements/engine.txt requirements/excludes.txt | $(filter .venv-uv/bin/uv,$(UV))
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
 	$(UV) pip install --quiet --python $(BIN)/python --excludes requirements/excludes.txt \
-		--requirements requirements/engine.txt --group dev --editable .
+		--requirements requirements/engine.txt --group dev --group docs --editable .
 	touch $@
 
 lint: install
@@ -33,6 +33,10 @@ demo: install
 
 bench: install
 	$(BIN)/python benchmarks/run.py
+
+docs: install
+	$(BIN)/python -m scripts.docs.write
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 checkpoints:
 	bash scripts/checkpoints/make.sh

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import sglang_mixed
 
+ROOT = Path(__file__).parents[1]
 #: Two names for one thing.
 ALIASES = {
     "MixedPrecisionConfig": "MixedPrecisionMap",
@@ -53,6 +56,12 @@ def test_the_names() -> None:
         assert getattr(sglang_mixed, name).__name__ == ALIASES.get(name, name)
     with pytest.raises(AttributeError, match="nothing"):
         sglang_mixed.nothing  # noqa: B018
+
+
+def test_the_version_is_written_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sglang_mixed.__version__ == project["version"]
+    assert f"\n## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_name_and_its_methods_have_a_docstring() -> None:

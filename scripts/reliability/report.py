@@ -83,7 +83,7 @@ def where(run: Run) -> str:
 ROWS = {"attacks": attacks, "kills": kills, "load": load, "soak": soak}
 INTRODUCTION = """\
 Made by `scripts/reliability/report.py` from [reliability.jsonl](reliability.jsonl), to which the runs append: the
-latest of each kind, on two cores that other work shared. What is tried is in [attacks](../attacks/README.md),
+latest of each kind, on two cores that other work shared. What is tried is in `attacks/`,
 `tests/fuzz`, and `scripts/reliability`."""
 FAULTS_INTRODUCTION = """\
 `scripts/reliability/faults.py` changes one line of a copy of the package and runs the tests that are named; six more

@@ -89,6 +89,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The public names, imported on first use: SGLang imports this package in every process, whether used or not."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sglang-mixed")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import typer
@@ -12,7 +11,8 @@ from typer.testing import CliRunner
 from sglang_mixed.cli.main import app
 from sglang_mixed.config import load_map
 
-ROOT = Path(__file__).parents[1]
+from .blocks import BLOCK, ROOT
+
 READMES = ("README.md", "README.zh-CN.md")
 EXPERTS = ROOT / "examples" / "tiny" / "experts.yaml"
 OURS = ROOT / "src" / "sglang_mixed" / "engine" / "arguments.py"
@@ -20,13 +20,17 @@ OURS = ROOT / "src" / "sglang_mixed" / "engine" / "arguments.py"
 FOREIGN = {
     *("--model-path", "--quantization", "--load-format", "--enable-torch-compile", "--context-length", "--dtype"),
     *("--max-running-requests", "--device", "--host", "--port", "--tokenizer-worker-num", "--no-deps", "--excludes"),
-    *("--tp-size", "--ep-size", "--dp-size", "--nnodes", "--node-rank", "--dist-init-addr"),
+    *("--tp-size", "--ep-size", "--dp-size", "--build-arg", "--gpus", "--ipc"),
 }
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def read(name: str) -> str:
     return (ROOT / name).read_text()
+
+
+def code(text: str) -> list[tuple[str, str]]:
+    """(language, code) of every block."""
+    return [(language, block) for _, language, block in BLOCK.findall(text)]
 
 
 def headings(text: str) -> list[str]:
@@ -37,33 +41,19 @@ def headings(text: str) -> list[str]:
 def test_both_languages_have_the_same_headings_and_code_blocks() -> None:
     english, chinese = map(read, READMES)
     assert headings(english) == headings(chinese) != []
-    assert BLOCK.findall(english) == BLOCK.findall(chinese) != []
+    assert code(english) == code(chinese) != []
     assert len(english.splitlines()) <= 230
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_every_make_word_is_a_target(name: str) -> None:
-    text = read(name)
-    words = {word for line in re.findall(r"(?:^|`)make ((?:[a-z]+ ?)+)", text, re.MULTILINE) for word in line.split()}
-    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
-    assert {"demo", "test"} <= words <= targets
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_every_relative_link_exists(name: str) -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)", read(name)) if "://" not in link]
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
-
-
 def test_the_example_map_is_the_one_that_runs() -> None:
-    (example,) = (code for language, code in BLOCK.findall(read("README.md")) if language == "yaml")
+    (example,) = (one for language, one in code(read("README.md")) if language == "yaml")
     assert example == EXPERTS.read_text()
     found = load_map(EXPERTS)
     assert None not in {*found.inference.model_dump().values(), *found.server.model_dump().values()}
 
 
 def test_check_prints_what_is_shown() -> None:
-    (shown,) = (code for _, code in BLOCK.findall(read("README.md")) if code.startswith("$ sglang-mixed check"))
+    (shown,) = (one for _, one in code(read("README.md")) if one.startswith("$ sglang-mixed check"))
     commands = re.findall(r"^\$ sglang-mixed (.*)\n((?:(?!\$).*\n)+)", shown, re.MULTILINE)
     assert len(commands) == 2
     for command, expected in commands:
