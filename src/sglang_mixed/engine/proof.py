@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class Proof:
         storages = [parameter.untyped_storage() for parameter in model.parameters()]
         self._parameter_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         self._seconds = seconds
-        threading.Thread(target=self._verify_or_end, name="weight-proof", daemon=True).start()
+        # No daemon: one that works in torch when the interpreter is taken down aborts the process.
+        threading.Thread(target=self._verify_or_end, name="weight-proof").start()
 
     @property
     def plan(self) -> Plan:
@@ -143,12 +145,15 @@ class Proof:
                 # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
                 self._casts[name] = str(restored.dtype).removeprefix("torch.")
 
-    def _verify(self) -> None:
+    def _verify(self) -> Iterator[None]:
+        """A weight at a time."""
         self.note_stock()
         for weight in self._weights:
             self._memory.update((name, sha256(tensor)) for name, tensor in weight.restore().items())
+            yield
         for name, tensor in stream(self._plan.reads(), ReadLog()):
             self._compare(name, tensor if name in self._stock.tensors else self._rebased(name, tensor))
+            yield
 
     def _rebased(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What was read, as a weight of its own holds it."""
@@ -169,11 +174,15 @@ class Proof:
         self._file[name] = in_file
 
     def _verify_or_end(self) -> None:
-        started = time.perf_counter()
+        started, main = time.perf_counter(), threading.main_thread()
         try:
-            self._verify()
+            for _ in self._verify():
+                if not main.is_alive():
+                    return
             self._state = "verified"
         except Exception as error:
+            if not main.is_alive():  # an ending interpreter starts no reader
+                return
             self._state = "failed"
             logger.critical("mixed precision: proof failed, ending the server\n%s", error)
             if multiprocessing.parent_process() is not None:
