@@ -88,7 +88,7 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
         more = f", and {len(torn) - 3} more" if len(torn) > 3 else ""
         warnings.append(
             f"cut inside a block, group or word ({', '.join(torn[:3])}{more}): each rank holds whole ones; "
-            "on a GPU only experts can be cut like that"
+            "on a GPU linear layers cut like that run on our own kernel"
         )
     for warning in warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))

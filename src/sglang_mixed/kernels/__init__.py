@@ -1,4 +1,4 @@
-"""Linear kernels for a CPU, in plain torch, whose weights stay in memory as they are in the file."""
+"""Linear kernels whose weights stay in memory as they are in the file: for a CPU here, for a GPU in `grouped/`."""
 
 from __future__ import annotations
 
