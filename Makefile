@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/python scripts/audit.py
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 demo: install
 	$(BIN)/python examples/demo.py
