@@ -21,7 +21,7 @@ from ..guides.jobs import run_python
 from .blocks import PAGES, ROOT, Block, blocks
 
 SERVER = "sglang serve --model-path examples/tiny/bf16 --enable-mixed-precision --mixed-precision-config"
-SERVER += " examples/tiny/map.yaml"
+SERVER += " examples/tiny/map.yaml --port 30000"
 THE_SERVER = "the server of this page"
 REASON = re.compile(r"not run: (needs (a GPU|GPUs|Docker|Kubernetes|several hosts)|installs|takes )")
 NAMED = re.compile(r"run by ((?:tests/[\w/]+\.py::\w+ ?)+)")
@@ -36,7 +36,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def words_of_the_server() -> list[str]:
-    return [str(ROOT / word) if word.startswith("examples/") else word for word in SERVER.split()[2:]]
+    """Its arguments, but for the port: others may be at work on this host."""
+    words = SERVER.removesuffix(" --port 30000").split()[2:]
+    return [str(ROOT / word) if word.startswith("examples/") else word for word in words]
 
 
 @pytest.fixture
