@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sglang_mixed.errors import PatternError
@@ -117,6 +117,7 @@ def test_hostile_patterns_take_linear_time(pattern: str) -> None:
 words = st.text("ab1", min_size=1, max_size=4)
 
 
+@example(["1"], ["1", "*", "**"])
 @given(
     st.lists(words, min_size=1, max_size=4),
     st.lists(words | st.sampled_from(["*", "**", "a*", "*1", "*a*"]), min_size=1, max_size=4),

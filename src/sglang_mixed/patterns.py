@@ -207,10 +207,14 @@ class NameTree:
         for path in pattern.paths:
             found.update(dict.fromkeys(self._ending_at(path)))
             found.update(dict.fromkeys(self._named_by_weight(path)))
+            if len(shorter := _without_trailing_any(path)) < len(path):
+                found.update(dict.fromkeys(self._named_by_weight(shorter)))
         return list(found)
 
     def _named_by_weight(self, path: tuple[Part, ...]) -> list[str]:
         """Modules whose name is matched by all but the last part of `path`, and a local name by that."""
+        if not path:
+            return []
         verdicts: dict[tuple[str, ...], bool] = {}
         found = []
         for module in self._ending_at(path[:-1]):
@@ -233,6 +237,13 @@ class NameTree:
             below = [module for node in _step(nodes, last) for module in node.modules.values()]
             return below + self._ending_at(path[:-1])
         return _select(last, (node.modules for node in nodes))
+
+
+def _without_trailing_any(path: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The path where each `**` at its end stands for no part."""
+    while path and path[-1] is ANY_PARTS:
+        path = path[:-1]
+    return path
 
 
 def _step(nodes: list[_Node], part: Part) -> list[_Node]:
