@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from measure import interleaved, report
@@ -139,10 +139,15 @@ def parse_headers(folder: Path) -> None:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__)
+    return on_checkpoints(measure, __doc__)
+
+
+def on_checkpoints(measure: Callable[[Path, int, int], int], description: str | None) -> int:
+    """Write the checkpoints and the map to a folder, and measure there: (folder, number of tensors, repeats)."""
+    arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--repeats", type=int, default=7)
     repeats = arguments.parse_args().repeats
-    folder = Path(tempfile.mkdtemp(prefix="planning-"))
+    folder = Path(tempfile.mkdtemp(prefix="real-size-"))
     try:
         count = sum(write_checkpoint(folder / kind, kind) for kind in QUANTIZATION)
         (folder / "map.yaml").write_text(MAP)

@@ -5,34 +5,18 @@ The checkpoints are the sparse files of planning.py; all sides run interleaved.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from measure import interleaved, report
-from planning import MAP, QUANTIZATION, parse_headers, write_checkpoint
+from planning import QUANTIZATION, on_checkpoints, parse_headers
 
 from sglang_mixed.cli import inspect, size
 
 RATIO_BAR, MEMORY_BAR_MIB = 2.0, 1000
-
-
-def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--repeats", type=int, default=7)
-    repeats = arguments.parse_args().repeats
-    folder = Path(tempfile.mkdtemp(prefix="real-size-"))
-    try:
-        count = sum(write_checkpoint(folder / kind, kind) for kind in QUANTIZATION)
-        (folder / "map.yaml").write_text(MAP)
-        return measure(folder, count, repeats)
-    finally:
-        shutil.rmtree(folder)
 
 
 def measure(folder: Path, count: int, repeats: int) -> int:
@@ -63,4 +47,4 @@ def measure(folder: Path, count: int, repeats: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(on_checkpoints(measure, __doc__))

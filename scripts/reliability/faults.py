@@ -38,7 +38,7 @@ FAULTS = [
     Fault("a cut ends inside a group", "formats/slicing.py", "unit = math.lcm(*units)", "unit = 1", ("tests/formats/test_slicing.py", "tests/fuzz/test_properties.py")),
     Fault("an earlier line of the map wins", "plan/resolve.py", "sorted(parsed, key=lambda pair: pair[1].exact)", "sorted(parsed[::-1], key=lambda pair: pair[1].exact)", ("tests/plan/test_resolve.py",)),
     Fault("another model's norms pass as the base's", "plan/same_base.py", "RELATIVE, ABSOLUTE = 2.0**-7, 2.0**-20", "RELATIVE, ABSOLUTE = 2.0**7, 2.0**20", ("tests/plan/test_same_base.py",)),
-    Fault("two ranks hold the same experts", "plan/rank.py", "first = rank.number // rank.expert_tp * local", "first = 0", ("tests/plan/test_rank.py", "tests/fuzz/test_properties.py")),
+    Fault("two ranks hold the same experts", "plan/rank.py", "first = rank.number // rank.expert_tp * local", "first = 0", ("tests/plan/test_rank.py", "tests/fuzz/test_plan_properties.py")),
 ]  # fmt: skip
 
 

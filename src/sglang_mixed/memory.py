@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .formats import get_format
+from .formats import label_of
 from .plan import RankPlan
 
 
@@ -32,8 +32,7 @@ def rank_memory(rank: RankPlan) -> dict[str, Any]:
 
 def _shares(rank: RankPlan) -> Iterator[ModuleBytes]:
     for group in rank.groups:
-        stored = rank.plan.modules[group.names[0]].format
-        label = get_format(stored.name).label(stored.parameters)
+        label = label_of(rank.plan.modules[group.names[0]].format)
         # Experts are many, and all of one kind.
         kinds = {"experts": len(group.names)} if group.is_expert else Counter(map(module_kind, group.names))
         for kind, count in kinds.items():

@@ -28,6 +28,14 @@ def check_devices(tp: int, dp: int, nodes: int, available: int | None) -> None:
     )
 
 
+def free_port() -> int:
+    """A port of this host that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 def check_address(host: str, port: int) -> None:
     """Raise UnsupportedError where something listens already, or the address is not this host's."""
     try:

@@ -1,13 +1,11 @@
-"""What holds for every name, header, pattern, map, format and layout, tried on drawn ones."""
+"""What holds for every name, header, pattern and format, tried on drawn ones."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import pickle
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,34 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint import Read, open_checkpoint, opened, read_entry
 from sglang_mixed.checkpoint.header import read_header
-from sglang_mixed.config import MixedPrecisionMap, load_map
-from sglang_mixed.errors import CheckpointError, InvalidValueError, MixedPrecisionError, PatternError
+from sglang_mixed.errors import CheckpointError, InvalidValueError, PatternError
 from sglang_mixed.formats import detect, from_json, get_format, nbytes, tensor_specs, to_json
 from sglang_mixed.formats.base import TORCH_DTYPES, ModuleFormat
 from sglang_mixed.formats.bit_stream import packing, unpack
 from sglang_mixed.formats.regular import compile_regex
 from sglang_mixed.formats.slicing import Region, cut, rebase, tensor_ranges, whole, widen
 from sglang_mixed.formats.values import check_values
-from sglang_mixed.patterns import NameTree, parse_pattern
-from sglang_mixed.plan import Plan, Rank, make_plan
+from sglang_mixed.patterns import parse_pattern
 from sglang_mixed.plan.fold import fold
-from sglang_mixed.stream import ReadLog, sha256, stream
+from sglang_mixed.stream import sha256
 
 from ..formats import packers
-from ..models import write, write_map
+from ..models import write
+from .drawn import NAME, PROPERTY, WORD, matched
 
-PROPERTY = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-WORD = st.text("abc01_", min_size=1, max_size=3)
-NAME = st.lists(WORD, min_size=1, max_size=4).map(".".join)
 SIZES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 DTYPES = st.sampled_from([code for code in TORCH_DTYPES if code not in ("BOOL", "F64")])
 
@@ -58,11 +49,6 @@ def tensor_of(code: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 TENSORS = st.dictionaries(NAME, st.tuples(DTYPES, SIZES, st.integers(0, 99)), min_size=1, max_size=6).map(
     lambda drawn: {name: tensor_of(*one) for name, one in drawn.items()}
 )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path
 
 
 # Files
@@ -146,10 +132,6 @@ def test_a_key_that_stands_twice_is_refused(folder: Path, config: dict[str, Any]
 
 
 # Patterns
-
-
-def matched(pattern: str, names: list[str]) -> set[str]:
-    return set(NameTree(names, lambda _: ("weight",)).match(parse_pattern(pattern)))
 
 
 @PROPERTY
@@ -312,120 +294,3 @@ def test_one_scale_that_is_no_number_is_found_wherever_it_is(
         InvalidValueError, match=re.escape(str(list(np.unravel_index(place, scales.shape)))[1:-1]) + "|at"
     ):
         check_values("scales", scales, found)
-
-
-# Maps and plans
-
-
-@pytest.fixture(scope="module")
-def sources() -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        yield {kind: write(Path(folder) / kind, kind) for kind in ("bf16", "fp8", "gptq")}
-
-
-PATTERNS = (
-    "model.layers.*.mlp.experts.**", "model.layers.0.**.*_proj", "**.q_proj", "model.layers.{0..1}.self_attn.*_proj",
-    "**.experts.{0,2}.up_proj", "model.layers.1.mlp.experts.3.down_proj.weight", "**.self_attn.o_proj.weight",
-)  # fmt: skip
-MAPPINGS = st.dictionaries(st.sampled_from(PATTERNS), st.sampled_from(("bf16", "fp8", "gptq")), max_size=5)
-
-
-@PROPERTY
-@given(MAPPINGS)
-def test_a_map_is_its_json_and_its_yaml(folder: Path, sources: dict[str, Path], mapping: dict[str, str]) -> None:
-    parsed = load_map(write_map(folder, mapping, **sources))
-    assert MixedPrecisionMap.from_json(json.loads(json.dumps(parsed.to_json()))) == parsed
-    section = {f"{name}_path": str(path) for name, path in parsed.sources.items()}
-    section["weight_mapping"] = {rule.pattern: rule.source for rule in parsed.rules}  # type: ignore[assignment]
-    (folder / "again.yaml").write_text(yaml.safe_dump({"mixed_precision": section}, sort_keys=False))
-    again = load_map(folder / "again.yaml")
-    assert [rule[:2] for rule in again.rules] == [rule[:2] for rule in parsed.rules]
-    assert again.sources == parsed.sources
-
-
-@PROPERTY
-@given(MAPPINGS)
-def test_the_last_glob_or_an_exact_name_decides(
-    folder: Path, sources: dict[str, Path], mapping: dict[str, str]
-) -> None:
-    plan = make_plan(write_map(folder, mapping, **sources))
-    ordered = sorted(mapping.items(), key=lambda item: "*" not in item[0] and "{" not in item[0])
-    for module, planned in plan.modules.items():
-        chosen = [source for pattern, source in ordered if matched(pattern, [module])]
-        assert planned.source == (chosen[-1] if chosen else "bf16")
-
-
-@PROPERTY
-@given(MAPPINGS)
-def test_a_plan_is_its_json(folder: Path, sources: dict[str, Path], mapping: dict[str, str]) -> None:
-    plan = make_plan(write_map(folder, mapping, **sources))
-    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
-    assert again == plan and again.rank().weight_bytes == plan.rank().weight_bytes
-    assert make_plan(plan.map).fingerprint == plan.fingerprint
-
-
-@PROPERTY
-@given(MAPPINGS)
-def test_planned_bytes_are_the_bytes_that_are_read(
-    folder: Path, sources: dict[str, Path], mapping: dict[str, str]
-) -> None:
-    plan, log = make_plan(write_map(folder, mapping, **sources)), ReadLog()
-    found = dict(stream(plan.rank().reads(), log))
-    assert log.bytes_read == plan.file_bytes == sum(tensor.nbytes for tensor in found.values())
-    assert set(found) == {f"{one.name}.{local}" for one in plan.modules.values() for local in one.tensors}
-
-
-LAYOUTS = st.sampled_from(((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)))
-
-
-@PROPERTY
-@given(MAPPINGS, LAYOUTS)
-def test_every_expert_is_on_one_group_of_ranks(
-    folder: Path, sources: dict[str, Path], mapping: dict[str, str], layout: tuple[int, int]
-) -> None:
-    plan, (tp, ep) = make_plan(write_map(folder, mapping, **sources)), layout
-    ranks = [plan.rank(Rank(tp, ep, number)) for number in range(tp)]
-    for module in plan.modules:
-        holders = {number // (tp // ep) for number, rank in enumerate(ranks) if module in rank.parts}
-        assert len(holders) == (1 if ".experts." in module else ep)
-
-
-@PROPERTY
-@given(MAPPINGS, LAYOUTS)
-def test_ranks_that_cut_a_weight_hold_all_of_it(
-    folder: Path, sources: dict[str, Path], mapping: dict[str, str], layout: tuple[int, int]
-) -> None:
-    plan = make_plan(write_map(folder, mapping, **sources))
-    ranks = [plan.rank(Rank(*layout, number)) for number in range(layout[0])]
-    for name, module in plan.modules.items():
-        rows, columns = whole(module.format.shape)
-        parts = [rank.parts[name].wanted for rank in ranks if name in rank.parts]
-        assert {row for part in parts for row in range(*part.rows)} == set(range(*rows))
-        assert {column for part in parts for column in range(*part.columns)} == set(range(*columns))
-
-
-@PROPERTY
-@given(MAPPINGS, LAYOUTS)
-def test_no_rank_holds_more_than_one_that_is_alone(
-    folder: Path, sources: dict[str, Path], mapping: dict[str, str], layout: tuple[int, int]
-) -> None:
-    plan = make_plan(write_map(folder, mapping, **sources))
-    each = [plan.rank(Rank(*layout, number)).weight_bytes for number in range(layout[0])]
-    assert max(each) == plan.weight_bytes(*layout) <= plan.weight_bytes() <= sum(each)
-
-
-# Errors
-
-ERROR_TYPES = [MixedPrecisionError]
-for error_type in ERROR_TYPES:
-    ERROR_TYPES += error_type.__subclasses__()
-
-
-@PROPERTY
-@given(st.sampled_from(ERROR_TYPES), st.text(min_size=1), st.none() | NAME, st.none() | st.integers(1, 99))
-def test_an_error_is_the_same_in_another_process(
-    kind: type[MixedPrecisionError], what: str, tensor: str | None, line: int | None
-) -> None:
-    error = kind(what, file="a/b", tensor=tensor, line=line, rule="r", remedy="m")
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is kind and str(again) == str(error) and vars(again) == vars(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from ..comparison import Predictions, Server, compare_predictions
 from ..config import load_map
 from ..errors import EngineError
 from ..plan import make_plan
+from ..preflight import free_port
 from .check import human
 from .experts import is_url
 from .sensitivity import read_windows
@@ -85,15 +85,13 @@ def served(given: str, api_key: str | None, flags: Sequence[str]) -> Iterator[Se
     if not Path(given).is_dir():
         described = load_map(given)
         model = str(described.sources[make_plan(described).base])
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "sglang_mixed.cli.main", "serve", "-m", model, "-a", f"127.0.0.1:{port}", *flags]
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "sglang_mixed.cli.main", "serve", "-m", model, "-a", address, *flags]
     command += [] if Path(given).is_dir() else ["-c", given]
     with tempfile.NamedTemporaryFile(suffix=".log", prefix="sglang-") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            server = Server(f"http://127.0.0.1:{port}")
+            server = Server(f"http://{address}")
             _wait(server, process, Path(log.name), given)
             yield server
         finally:

@@ -14,12 +14,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..client import authorization, every_rank
 from ..errors import EngineError, ExpertCountsError
 from ..experts import ExpertExport, merge, read_export, write_export
 from ..experts.balance import effective_experts, gini, top_share
 from ..experts.files import write_csv, write_whole
 from ..experts.statistics import top_experts
-from .proof import every_rank
 
 _ROUTE = "/mixed_precision/experts"
 
@@ -142,9 +142,9 @@ def _fetch(url: str, reset: bool, api_key: str | None) -> ExpertExport:
 
 
 def _ask(url: str, path: str, method: str, api_key: str | None) -> Any:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = Request(url.rstrip("/") + path, headers=authorization(api_key), method=method)
     try:
-        with urlopen(Request(url.rstrip("/") + path, headers=headers, method=method), timeout=60) as answer:
+        with urlopen(request, timeout=60) as answer:
             return json.load(answer)
     except HTTPError as error:
         with error:

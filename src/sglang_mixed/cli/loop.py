@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import AllowDifferentBase, AsJson, reported
+from .options import AllowDifferentBase, AsJson, reported, show
 
 loop = typer.Typer()
 Sources = Annotated[
@@ -54,7 +53,7 @@ def sensitivity(
             experts=experts,
             allow_different_base=allow_different_base,
         )
-        print(json.dumps(report, indent=2)) if as_json else render(report, output)
+        show(report, as_json, lambda report: render(report, output))
 
 
 @loop.command()
@@ -95,7 +94,7 @@ def plan(
             picture=picture,
             allow_different_base=allow_different_base,
         )
-        print(json.dumps(report, indent=2)) if as_json else render(report)
+        show(report, as_json, render)
 
 
 @loop.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -117,4 +116,4 @@ def compare(
 
         given, flags = (one, other), tuple(context.args)
         report = run(given, text, tokens=tokens, window=window, top=top, api_key=api_key, picture=picture, flags=flags)
-        print(json.dumps(report, indent=2)) if as_json else render(report)
+        show(report, as_json, render)

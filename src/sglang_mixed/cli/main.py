@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .loop import loop
-from .options import AsJson, reported
+from .options import AllowDifferentBase, AsJson, reported, show
 
 app = typer.Typer(
     name="sglang-mixed",
@@ -35,8 +34,7 @@ def inspect(
     with reported():
         from .inspect import describe_all, render
 
-        reports = describe_all(paths)
-        print(json.dumps(reports, indent=2)) if as_json else render(reports)
+        show(describe_all(paths), as_json, render)
 
 
 @app.command()
@@ -47,9 +45,7 @@ def check(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks to compute the bytes of one rank for.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks, a divisor of --tp.")] = 1,
-    allow_different_base: Annotated[
-        bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
-    ] = False,
+    allow_different_base: AllowDifferentBase = False,
     verify_values: Annotated[
         bool, typer.Option("--verify-values", help="Read every weight and refuse NaN, infinities and unfilled scales.")
     ] = False,
@@ -67,7 +63,7 @@ def check(
             ep=ep,
             verify_values=verify_values,
         )
-        print(json.dumps(report, indent=2)) if as_json else render(report)
+        show(report, as_json, render)
 
 
 @app.command()
@@ -81,9 +77,7 @@ def size(
         float | None, typer.Option(min=0.01, max=1, help="As given to SGLang; without it, SGLang's own rule.")
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="As given to SGLang: auto, bf16, fp8_e4m3, fp8_e5m2.")] = "auto",
-    allow_different_base: Annotated[
-        bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
-    ] = False,
+    allow_different_base: AllowDifferentBase = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what every rank will hold and read, to the byte, and how many tokens of cache fit beside it."""
@@ -100,7 +94,7 @@ def size(
             kv_cache_dtype=kv_cache_dtype,
             allow_different_base=allow_different_base,
         )
-        print(json.dumps(report, indent=2)) if as_json else render(report)
+        show(report, as_json, render)
 
 
 @app.command()
@@ -109,9 +103,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of tensors in one file.")] = "5GB",
     model_path: Annotated[str | None, typer.Option(help="The base model, as given to SGLang.")] = None,
-    allow_different_base: Annotated[
-        bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
-    ] = False,
+    allow_different_base: AllowDifferentBase = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the mix as one checkpoint folder, which SGLang serves without a map; run again, it goes on."""
@@ -119,7 +111,7 @@ def export(
         from .export import render, run
 
         report = run(map_path, folder, max_shard_size, model_path, allow_different_base=allow_different_base)
-        print(json.dumps(report, indent=2)) if as_json else render(report)
+        show(report, as_json, render)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -170,8 +162,7 @@ def proof(
 
         from .proof import fetch_proof, print_proof
 
-        report = fetch_proof(url, api_key=api_key)
-        print(json.dumps(report, indent=2)) if as_json else print_proof(report, Console())
+        show(fetch_proof(url, api_key=api_key), as_json, lambda report: print_proof(report, Console()))
 
 
 @app.command()
@@ -196,8 +187,7 @@ def experts(
 
         statistics = command.gather(sources, reset=reset, api_key=api_key)
         command.write(statistics, sources, csv=csv, export=export, png=png, api_key=api_key)
-        report = command.describe(statistics, top, layer)
-        print(json.dumps(report, indent=2)) if as_json else command.render(report)
+        show(command.describe(statistics, top, layer), as_json, command.render)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +16,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 AllowDifferentBase = Annotated[
     bool, typer.Option("--allow-different-base", help="Mix sources although their 16-bit weights differ.")
 ]
+
+
+def show(report: Any, as_json: bool, render: Callable[[Any], None]) -> None:
+    """A command's report: JSON values printed as they are, or rendered."""
+    print(json.dumps(report, indent=2)) if as_json else render(report)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from urllib.error import URLError
 from rich.console import Console
 from rich.table import Table
 
+from ..client import authorization, every_rank
 from ..errors import EngineError, ProofError
 
 
@@ -29,17 +30,6 @@ def fetch_proof(url: str, seconds: float = 600, api_key: str | None = None) -> d
             state = "failed" if "failed" in states else "running"
             raise ProofError(f"the server's proof is {state}", file=url, remedy="see the server's log")
         time.sleep(0.2)
-
-
-def every_rank(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The reports of all ranks: tensor-parallel ones within data-parallel ones."""
-    groups = [report, *report.get("data_parallel_ranks", [])]
-    return [rank for group in groups for rank in group.get("tensor_parallel_ranks", [group])]
-
-
-def authorization(api_key: str | None) -> dict[str, str]:
-    """The header that a server with a key wants."""
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _get(url: str, api_key: str | None) -> dict[str, Any]:

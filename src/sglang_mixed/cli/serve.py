@@ -18,11 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..client import authorization, every_rank
 from ..config import load_map
 from ..errors import EngineError, MissingFileError, UnsupportedError
 from ..preflight import available_devices, check_address, check_devices
 from .nodes import Place, place_of
-from .proof import authorization, every_rank, fetch_proof
+from .proof import fetch_proof
 
 HOST, PORT = "127.0.0.1", 30000
 QUESTION = "The capital of France is"

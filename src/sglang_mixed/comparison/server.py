@@ -13,6 +13,7 @@ from urllib.error import HTTPError, URLError
 import numpy as np
 from numpy.typing import NDArray
 
+from ..client import authorization, every_rank
 from ..errors import EngineError
 
 Floats = NDArray[np.float64]
@@ -82,10 +83,7 @@ class Server:
             report = self._ask("/mixed_precision?modules=false")
         except EngineError:
             return None
-        groups = [report, *report.get("data_parallel_ranks", [])]
-        return sum(
-            int(rank["weight_bytes"]) for group in groups for rank in group.get("tensor_parallel_ranks", [group])
-        )
+        return sum(int(rank["weight_bytes"]) for rank in every_rank(report))
 
     def _generate(self, window: Sequence[int], top: int) -> dict[str, Any]:
         body = {
@@ -99,9 +97,7 @@ class Server:
         return answer
 
     def _ask(self, route: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
+        headers = {"Content-Type": "application/json", **authorization(self._api_key)}
         request = urllib.request.Request(self.url + route, None if body is None else json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:

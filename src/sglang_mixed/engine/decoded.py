@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutp
 
 from ..checkpoint import join
 from ..errors import EngineError
-from ..formats import ModuleFormat, get_format
+from ..formats import ModuleFormat
 from ..formats.base import TORCH_DTYPES
 from ..kernels.grouped.arrange import arrange
 from ..kernels.grouped.codec import codec_of, why_not
@@ -155,11 +155,6 @@ def wishes() -> str:
 def tell(label: str, reason: str) -> None:
     """Say which weights run on the Triton kernel, and why."""
     logger.info("mixed precision: %s: our Triton kernel (%s)", label, reason)
-
-
-def label(module_format: ModuleFormat) -> str:
-    """A format's human name."""
-    return get_format(module_format.name).label(module_format.parameters)
 
 
 def _arranged(

@@ -19,12 +19,13 @@ from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from ..errors import UnsupportedError
+from ..formats import label_of
 from ..formats.slicing import Range, Region
 from ..plan import PlannedModule
 from ..plan.fold import fold
 from ..plan.fused import are_alike
 from . import decoded, state
-from .decoded import DecodedExperts, label, tell, wishes
+from .decoded import DecodedExperts, tell, wishes
 from .expert_kernels import KERNELS, ExpertFormats, ExpertKernel, unit
 from .file_tensors import Converted, FileTensors
 from .moe import ExpertModules
@@ -177,7 +178,7 @@ def check_decoded(experts: Sequence[ExpertModules]) -> None:
     """Say why our own kernel runs these experts, stored alike. Raises UnsupportedError where it cannot either."""
     gate, up, down = experts[0]
     formats = ExpertFormats(gate.format, down.format)
-    labels = ", ".join(dict.fromkeys(label(one.format) for one in experts[0]))
+    labels = ", ".join(dict.fromkeys(label_of(one.format) for one in experts[0]))
     why = [f"{kernel.backend.value}: {reason}" for kernel in KERNELS if (reason := kernel.why_not(formats))]
     if not are_alike(gate.format, up.format):
         why = ["SGLang's kernels read gate and up as one matrix"]

@@ -12,7 +12,7 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase, Quantiz
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from ..errors import UnsupportedError
-from ..formats import ModuleFormat
+from ..formats import ModuleFormat, label_of
 from ..plan import PlannedModule
 from . import decoded, marlin, state
 from .expert_kernels import row_scales
@@ -42,7 +42,7 @@ def needs_decoding(parts: Sequence[PlannedModule], rows: Sequence[int]) -> bool:
     """
     planned = state.current_loading().plan.parts
     module_format, columns = parts[0].format, planned[parts[0].name].format.shape[1]
-    label = decoded.label(module_format)
+    label = label_of(module_format)
     reason = why_not(module_format) or _why_not_shape(module_format, sum(rows), columns)
     if not all(planned[part.name].is_exact for part in parts):
         reason = (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ProofError
-from ..formats import get_format
+from ..formats import label_of
 from ..formats.slicing import rebase
 from ..kernels.compressed import CompressedWeight
 from ..memory import rank_memory
@@ -121,7 +121,7 @@ class Proof:
         return {
             "module": module.name,
             "source": module.source,
-            "format": _label(module),
+            "format": label_of(module.format),
             "shape": list(module.format.shape),
             "held": {"rows": list(part.held.rows), "columns": list(part.held.columns)},
             "bytes": self._plan.module_bytes(module.name),
@@ -189,7 +189,3 @@ class Proof:
                 # What SGLang's own schedulers do: the parent ends the whole process tree on SIGQUIT.
                 os.kill(os.getppid(), signal.SIGQUIT)
         self._verify_seconds = time.perf_counter() - started
-
-
-def _label(module: PlannedModule) -> str:
-    return get_format(module.format.name).label(module.format.parameters)

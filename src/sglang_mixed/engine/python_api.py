@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sglang.srt.distributed import parallel_state
 from sglang.srt.model_loader.loader import BaseModelLoader
 
 from ..errors import EngineError, MapError, UnsupportedError
+from ..preflight import free_port
 from . import state
 from .arguments import translate
 from .loader import MixedPrecisionLoader
@@ -127,14 +127,7 @@ def ensure_parallel_state(model_config: Any, device: str) -> None:
         world_size=1,
         rank=0,
         local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{_free_port()}",
+        distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
     )
     parallel_state.initialize_model_parallel()
     initialize_dp_attention(arguments, model_config)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

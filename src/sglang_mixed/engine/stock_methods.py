@@ -12,7 +12,7 @@ from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from ..errors import UnsupportedError
-from ..formats import ModuleFormat
+from ..formats import ModuleFormat, label_of
 from ..plan import PlannedModule, RankPlan
 from ..plan.fold import fold
 from . import decoded
@@ -60,7 +60,7 @@ def refuse_formats(plan: RankPlan) -> None:
             refused.setdefault(module_format, []).append(name)
     if not refused:
         return
-    formats = {decoded.label(one): f"{why_not(one)}; {decoded.why_not(one)}" for one in refused}
+    formats = {label_of(one): f"{why_not(one)}; {decoded.why_not(one)}" for one in refused}
     raise UnsupportedError(
         f"no kernel here runs weights in {', '.join(formats)}",
         tensor=", ".join(fold(name for names in refused.values() for name in names)),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExpertCountsError
-from ..formats import ModuleFormat, get_format
+from ..formats import label_of
 from ..plan.families import expert_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ExpertFormats:
 def expert_formats(plan: Plan, layers: tuple[int, ...], experts: int) -> ExpertFormats:
     """The formats of a plan's experts. One whose matrices differ has all their labels, joined by ` + `."""
     rows = {layer: row for row, layer in enumerate(layers)}
-    label = functools.cache(_label)
+    label = functools.cache(label_of)
     found: dict[tuple[int, int], dict[str, None]] = {}
     for module in plan.modules.values():
         place = expert_of(module.name.rpartition(".")[0])
@@ -67,7 +67,3 @@ def expert_formats(plan: Plan, layers: tuple[int, ...], experts: int) -> ExpertF
     for cell, parts in found.items():
         cells[cell] = labels.setdefault(" + ".join(parts), len(labels))
     return ExpertFormats(tuple(labels), cells)
-
-
-def _label(format: ModuleFormat) -> str:
-    return get_format(format.name).label(format.parameters)

@@ -19,6 +19,7 @@ __all__ = [
     "detect",
     "from_json",
     "get_format",
+    "label_of",
     "nbytes",
     "tensor_specs",
     "to_json",
@@ -55,6 +56,11 @@ def get_format(name: str) -> WeightFormat:
         raise UnknownFormatError(f"no format {name!r}{nearest(name, FORMATS)}", rule=f"one of {', '.join(FORMATS)}")
     module, _, kind = FORMATS[name].partition(":")
     return getattr(importlib.import_module(module), kind)()  # type: ignore[no-any-return]
+
+
+def label_of(module_format: ModuleFormat) -> str:
+    """A format's short human name, such as `GPTQ int4 g128`."""
+    return get_format(module_format.name).label(module_format.parameters)
 
 
 def detect(module: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> ModuleFormat:

@@ -90,6 +90,9 @@ class CompressedWeight:
             return None
         if slot.convert:
             return _lent(slot.spec.shape, TORCH_DTYPES[slot.spec.dtypes[0]])
+        return self._place(slot)
+
+    def _place(self, slot: _Slot) -> torch.Tensor:
         return self._whole[slot.whole].narrow(slot.axis, slot.begin, slot.length)
 
     def receive(self, part: int, local: str, tensor: torch.Tensor) -> None:
@@ -101,7 +104,7 @@ class CompressedWeight:
         if slot is None:
             self._pending[part][local] = tensor
         else:
-            place = self._whole[slot.whole].narrow(slot.axis, slot.begin, slot.length)
+            place = self._place(slot)
             if slot.convert:
                 slot.convert(tensor, self.formats[part], place)
             elif place.data_ptr() != tensor.data_ptr():

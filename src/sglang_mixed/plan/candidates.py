@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.pause import collector_paused
 from ..config import MixedPrecisionMap, Rule
 from ..errors import CoverageError
-from ..formats import get_format
+from ..formats import get_format, label_of
 from .cover import cover
 from .families import expert_of, fused_matrices, norm_readers, runs_in_16_bits
 from .fused import running_together
@@ -41,7 +41,7 @@ class Unit:
 
     def kind(self, source: str) -> str:
         """What runs the unit if it comes from this source: the labels of its formats."""
-        labels = (get_format(one.format.name).label(one.format.parameters) for one in self.choices[source])
+        labels = (label_of(one.format) for one in self.choices[source])
         return " + ".join(dict.fromkeys(labels))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import lru_cache
 
-from ..formats import ModuleFormat, get_format
+from ..formats import ModuleFormat, label_of
 from ..patterns import parse_pattern
 from .families import expert_of, fused_matrices
 from .fold import fold
@@ -91,7 +91,7 @@ def describe(names: list[str], modules: Mapping[str, PlannedModule], assignment:
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         planned = modules[name]
-        label = get_format(planned.format.name).label(planned.format.parameters)
+        label = label_of(planned.format)
         groups.setdefault((f"{planned.source}, {label}", assignment.reason(name)), []).append(name)
     return [f"{', '.join(fold(group))}: {what} ({reason})" for (what, reason), group in groups.items()]
 

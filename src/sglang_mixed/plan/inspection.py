@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint
 from ..errors import FormatError
-from ..formats import ModuleFormat, TensorInfo, get_format
+from ..formats import ModuleFormat, TensorInfo, label_of
 from ..formats.base import CACHE_SCALES, tensor_bytes, weight_tensors
 from . import size
 from .alike import Group, alike
@@ -34,7 +34,7 @@ class Kind:
     @property
     def label(self) -> str:
         """The format's name for people."""
-        return get_format(self.format.name).label(self.format.parameters) if self.format else NOT_READ
+        return label_of(self.format) if self.format else NOT_READ
 
     @property
     def parameters(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..checkpoint import Checkpoint, changed, open_checkpoint
 from ..config import MixedPrecisionMap
 from ..errors import DifferentBaseError, TensorMissingError
-from ..formats import ModuleFormat, TensorInfo, from_json, get_format, to_json
+from ..formats import ModuleFormat, TensorInfo, from_json, label_of, to_json
 from . import size
 from .alike import Group, alike
 from .rank import ALONE, Rank, RankPlan
@@ -131,7 +131,7 @@ class Plan:
             kind = module.source, id(module.format), module.bias
             group = groups.get(kind)
             if group is None:
-                label = get_format(module.format.name).label(module.format.parameters)
+                label = label_of(module.format)
                 sizes = self.module_bytes(module), self.module_bf16_bytes(module)
                 group = groups[kind] = Group((module.source, label), sizes, [])
             group.names.append(module.name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..checkpoint import Checkpoint
 from ..errors import UnsupportedError
-from ..formats import get_format
+from ..formats import label_of
 from .families import runs_in_16_bits
 from .fold import fold
 from .plan import PlannedModule
@@ -21,7 +21,7 @@ def check_16_bits(
     if not compressed:
         return
     first = compressed[0]
-    label = get_format(first.format.name).label(first.format.parameters)
+    label = label_of(first.format)
     names = fold(one.name for one in compressed)
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     sources = [name for name, checkpoint in checkpoints.items() if _holds_plain(checkpoint, first.name)]

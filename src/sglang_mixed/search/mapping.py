@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..patterns import MAX_LENGTH
+from ..patterns import MAX_LENGTH, NameTree, parse_pattern
 from ..plan import Plan, make_plan
 from ..plan.fold import Indices, by_template, fold, split_name
 from .mix import Mix, Search
@@ -32,7 +32,7 @@ def map_text(search: Search, mix: Mix, heading: Iterable[str], folder: Path) -> 
     """The YAML of a mix for a file in `folder`, each line with what it costs and what it saves."""
     plan = search.plan(mix)
     text = [*(f"# {line}" for line in heading), "mixed_precision:"]
-    for name in (*plan.sources,):
+    for name in plan.sources:
         text.append(f"  {name}_path: {json.dumps(_relative(plan.sources[name], folder))}")
     text.append(f"  default: {_scalar(plan.base)}")
     lines = map_lines(plan)
@@ -110,8 +110,6 @@ def _folded(names: Sequence[str], known: Mapping[str, list[Indices]]) -> dict[st
     patterns = fold(names, known)
     if len(patterns) == 1:
         return {patterns[0]: list(names)}
-    from ..patterns import NameTree, parse_pattern
-
     tree = NameTree(names, lambda _: ())
     return {pattern: tree.match(parse_pattern(pattern)) for pattern in patterns}
 

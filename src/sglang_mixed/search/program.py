@@ -134,7 +134,7 @@ class Program:
 
     def _one_source_each(self) -> list[Any]:
         rows: dict[str, Row] = {}
-        for (name, _), column in [*self._columns.items()]:
+        for (name, _), column in self._columns.items():
             rows.setdefault(name, {})[column] = 1
         return self._rows(rows.values(), 1, 1)
 

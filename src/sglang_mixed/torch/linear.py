@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import ShapeError
-from ..formats import get_format
+from ..formats import label_of
 from ..formats.plain import main_name, without_bias
 from ..kernels import pack
 from .cache import DequantizationCache
@@ -84,7 +84,7 @@ class MixedPrecisionLinear(CompressedModule):
     @property
     def format(self) -> str:
         """Its format's label, such as `GPTQ int4 g128`."""
-        return get_format(self.matrices[0].format.name).label(self.matrices[0].format.parameters)
+        return label_of(self.matrices[0].format)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
