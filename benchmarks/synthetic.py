@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-HEAD = 64
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -18,7 +17,7 @@ CONFIG: dict[str, Any] = {
     "intermediate_size": 2048,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
-    "head_dim": HEAD,
+    "head_dim": 64,
     "num_experts": 24,
     "num_experts_per_tok": 4,
     "norm_topk_prob": True,
@@ -34,8 +33,9 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-#: Qwen3-30B-A3B's widths.
+#: Qwen3-30B-A3B's widths, and all of its sizes but the layers' number and the vocabulary.
 REAL_WIDTHS = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32}
+REAL_SIZES = {**REAL_WIDTHS, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8}
 QUANTIZATION: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
@@ -45,33 +45,37 @@ Tensors = dict[str, torch.Tensor]
 
 
 def linear(kind: str, rows: int, columns: int, generator: torch.Generator) -> Tensors:
-    """One random linear's tensors as that kind of checkpoint stores them."""
+    """One random linear's tensors as that kind of checkpoint stores them, on the generator's device.
+
+    GPTQ's scales are of the model's dtype, as SGLang's own Marlin experts want them.
+    """
+    device: Any = {"generator": generator, "device": generator.device}
     if kind == "bf16":
-        return {"weight": (torch.randn(rows, columns, generator=generator) * 0.03).bfloat16()}
+        return {"weight": (torch.randn(rows, columns, **device) * 0.03).bfloat16()}
     if kind == "fp8":
-        codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, generator=generator)
-        signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, generator=generator) << 7
+        codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, **device)
+        signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, **device) << 7
         scale = torch.full((rows // 128, columns // 128), 1e-3)
         return {"weight": (codes | signs).view(torch.float8_e4m3fn), "weight_scale_inv": scale}
     groups = columns // 128
-    words = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), dtype=torch.int32, generator=generator)
+    words = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), dtype=torch.int32, **device)
     return {
         "qweight": words,
         "qzeros": torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32),
-        "scales": torch.full((groups, rows), 0.01, dtype=torch.float16),
+        "scales": torch.full((groups, rows), 0.01, dtype=torch.bfloat16),
         "g_idx": torch.arange(columns, dtype=torch.int32) // 128,
     }
 
 
-def write(folder: Path, kind: str, layers: int, **changes: int) -> Path:
-    """One checkpoint of `layers` layers; `changes` to CONFIG."""
+def write(folder: Path, kind: str, layers: int, device: str = "cpu", **changes: int) -> Path:
+    """One checkpoint of `layers` layers, drawn on `device`; `changes` to CONFIG."""
     config = {**CONFIG, **changes, "num_hidden_layers": layers}
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     tensors: Tensors = {
-        "model.embed_tokens.weight": (torch.randn(vocabulary, hidden, generator=generator) * 0.1).bfloat16(),
-        "lm_head.weight": (torch.randn(vocabulary, hidden, generator=generator) * 0.03).bfloat16(),
+        "model.embed_tokens.weight": linear("bf16", vocabulary, hidden, generator)["weight"] * 3,
+        **{f"lm_head.{local}": one for local, one in linear("bf16", vocabulary, hidden, generator).items()},
         "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
     }
     for layer in range(layers):
@@ -84,7 +88,7 @@ def write(folder: Path, kind: str, layers: int, **changes: int) -> Path:
         for norm, size in (("input_layernorm", hidden), ("post_attention_layernorm", hidden)):
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         for norm in ("q_norm", "k_norm"):
-            tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(HEAD, dtype=torch.bfloat16)
+            tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(config["head_dim"], dtype=torch.bfloat16)
     save_file(tensors, folder / "model.safetensors")
     quantization = {"quantization_config": QUANTIZATION[kind]} if QUANTIZATION[kind] else {}
     (folder / "config.json").write_text(json.dumps({**config, **quantization}))
@@ -94,7 +98,7 @@ def write(folder: Path, kind: str, layers: int, **changes: int) -> Path:
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Name -> [out, in] of one layer's linears."""
     hidden, width = config["hidden_size"], config["moe_intermediate_size"]
-    query, key = config["num_attention_heads"] * HEAD, config["num_key_value_heads"] * HEAD
+    query, key = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     shapes = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, query)}
     found = {f"self_attn.{name}": shape for name, shape in shapes.items()}
     for expert in range(config["num_experts"]):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.engine.gpu_model import start_sglang  # noqa: E402
 from tests.engine.launch import TINY  # noqa: E402
-from tests.engine.layers import HIDDEN, PREFIX, WRITERS, fill, write_experts  # noqa: E402
+from tests.engine.layers import HIDDEN, PREFIX, WRITERS, experts, fill, write_experts  # noqa: E402
 from tests.models import write_map  # noqa: E402
 
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan  # noqa: E402
@@ -49,36 +49,6 @@ class Layers:
         sources = {name: self.written(kind) for kind, name in names.items()}
         named = {pattern: names[kind] for pattern, kind in mapping.items()}
         return make_plan(write_map(self._folder, named, default="source_0", **sources))
-
-    def experts(self, plan: RankPlan) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The layer's function of hidden states, top-k weights and ids."""
-        from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
-        from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
-        from sglang.srt.layers.moe.topk import StandardTopKOutput
-
-        from sglang_mixed.engine.grouped_moe import MixedMoE
-        from sglang_mixed.engine.names import expert_modules
-
-        modules, layer = plan.plan.modules, torch.nn.Module()
-        names = [expert_modules(PREFIX, expert, modules) for expert in range(EXPERTS)]
-        local = [tuple(modules[name] for name in three) for three in names if three[0] in plan.parts]
-        method = MixedMoE(PREFIX, local)  # type: ignore[arg-type]
-
-        def build() -> None:
-            with torch.device(DEVICE):
-                method.create_weights(layer, len(local), HIDDEN, INTERMEDIATE // plan.rank.expert_tp, DTYPE)
-                method.create_moe_runner(layer, MoeRunnerConfig(num_experts=EXPERTS, num_local_experts=len(local)))
-
-        fill(plan, build)
-        method.process_weights_after_loading(layer)
-
-        def run(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            logits = torch.zeros(len(x), EXPERTS, device=DEVICE)
-            topk_output = StandardTopKOutput(weights, ids, logits)
-            output: torch.Tensor = method.apply(layer, StandardDispatchOutput(x, None, topk_output)).hidden_states
-            return output
-
-        return run
 
     def qkv(self, plan: RankPlan) -> Callable[[torch.Tensor], torch.Tensor]:
         """The fused layer's function."""
@@ -131,7 +101,7 @@ def inputs(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
 def alone(layers: Layers, kind: str, tokens: int) -> float:
     plan = layers.plan({f"{PREFIX}.*.*": kind})
     x, weights, ids = inputs(tokens)
-    return worst_column(layers.experts(plan.rank())(x, weights, ids), reference(plan, x, weights, ids))
+    return worst_column(experts(plan.rank(), DEVICE)(x, weights, ids), reference(plan, x, weights, ids))
 
 
 def mixed(layers: Layers, kind: str, tokens: int) -> float:
@@ -140,21 +110,21 @@ def mixed(layers: Layers, kind: str, tokens: int) -> float:
     if tokens > 1:
         ids[::3, 1] = -1
         ids[1] = -1
-    return worst_column(layers.experts(plan.rank())(x, weights, ids), reference(plan, x, weights, ids))
+    return worst_column(experts(plan.rank(), DEVICE)(x, weights, ids), reference(plan, x, weights, ids))
 
 
 def cut(layers: Layers, kind: str, tokens: int) -> float:
     """192 columns on four ranks: 48 each, inside blocks and groups."""
     plan = layers.plan({f"{PREFIX}.*.*": kind})
     x, weights, ids = inputs(tokens)
-    ranks = [layers.experts(plan.rank(Rank(4, 1, number)))(x, weights, ids) for number in range(4)]
+    ranks = [experts(plan.rank(Rank(4, 1, number)), DEVICE)(x, weights, ids) for number in range(4)]
     return worst_column(torch.stack(ranks).double().sum(0), reference(plan, x, weights, ids))
 
 
 def replayed(layers: Layers, kind: str, tokens: int) -> float:
     """Captured with one routing, replayed with another, in which some experts have no token."""
     plan = layers.plan({f"{PREFIX}.1.*": kind, f"{PREFIX}.2.*": "int8"})
-    run, (x, weights, ids) = layers.experts(plan.rank()), inputs(tokens)
+    run, (x, weights, ids) = experts(plan.rank(), DEVICE), inputs(tokens)
     for _ in range(2):
         run(x, weights, ids)
     torch.cuda.synchronize()
@@ -196,7 +166,7 @@ def main() -> None:
     torch.cuda.set_device(0)
     arguments = {"attention_backend": "triton", "sampling_backend": "pytorch", "device": DEVICE}
     start_sglang(ServerArgs(model_path=str(TINY / "bf16"), **arguments), "nccl")
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         layers = Layers(Path(folder))
         for name, kind, tokens, measure in checks():
             line: dict[str, Any] = {"check": name, "format": kind, "tokens": tokens}

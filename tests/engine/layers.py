@@ -20,6 +20,8 @@ from .. import models
 from ..formats import packers
 
 T = TypeVar("T")
+#: Hidden states, top-k weights and ids -> weighted sums.
+ExpertsRun = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 HIDDEN = 128
 PREFIX = "model.layers.0.mlp.experts"
 #: name -> a module's tensors of [out, in] as some quantizer writes them.
@@ -168,3 +170,35 @@ def fill(plan: RankPlan, build: Callable[[], T]) -> T:
             pass
         current.ledger.close()
     return built
+
+
+def experts(rank: RankPlan, device: str, dtype: torch.dtype = torch.bfloat16) -> ExpertsRun:
+    """The first layer's experts as a served model runs them, on an accelerator."""
+    from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from sglang_mixed.engine.grouped_moe import MixedMoE
+    from sglang_mixed.engine.names import expert_modules
+
+    modules, layer = rank.plan.modules, torch.nn.Module()
+    number = sum(name.startswith(PREFIX) and name.endswith(".down_proj") for name in modules)
+    names = [expert_modules(PREFIX, expert, modules) for expert in range(number)]
+    local = [tuple(modules[name] for name in three) for three in names if three[0] in rank.parts]
+    method = MixedMoE(PREFIX, local)  # type: ignore[arg-type]
+    hidden, columns = local[0][2].format.shape[0], rank.parts[local[0][2].name].wanted.columns
+
+    def build() -> None:
+        with torch.device(device):
+            method.create_weights(layer, len(local), hidden, columns[1] - columns[0], dtype)
+            method.create_moe_runner(layer, MoeRunnerConfig(num_experts=number, num_local_experts=len(local)))
+
+    fill(rank, build)
+    method.process_weights_after_loading(layer)
+
+    def run(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        topk_output = StandardTopKOutput(weights, ids, torch.zeros(len(x), number, device=device))
+        output: torch.Tensor = method.apply(layer, StandardDispatchOutput(x, None, topk_output)).hidden_states
+        return output
+
+    return run

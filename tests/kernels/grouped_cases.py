@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from sglang_mixed.kernels.grouped.table import Weight
 sys.path.append(str(Path(__file__).parents[1] / "formats"))
 import packers
 
+#: Where weights are: on a GPU if there is one and kernels are not interpreted.
+DEVICE = "cuda" if torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET") else "cpu"
 Build = Callable[[np.random.Generator, int, int], packers.Packed]
 
 
@@ -139,7 +142,7 @@ def weight(
     tensors, ranges = {}, tensor_ranges(module_format, held)
     for local, tensor in packed.tensors.items():
         part = tensor[tuple(slice(*one) for one in ranges[local])]
-        tensors[local] = rebase(local, part, module_format, held)[None].contiguous()
+        tensors[local] = rebase(local, part, module_format, held)[None].contiguous().to(DEVICE)
     own = cut(module_format, held)
     codec, found = arrange(tensors, own, codec_of(own, held, region))
     rows, columns = region

@@ -10,7 +10,7 @@ from typing import Any
 import grouped_cases as cases
 import numpy as np
 import torch
-from grouped_cases import generator
+from grouped_cases import DEVICE, generator
 
 from sglang_mixed.formats.slicing import Region
 from sglang_mixed.kernels.grouped import experts as grouped
@@ -25,7 +25,7 @@ Matrix = np.ndarray[Any, np.dtype[np.float64]]
 def nmse(found: torch.Tensor, expected: Matrix) -> tuple[float, float]:
     """Normalized squared error of the worst column, and of the whole."""
     assert found.isfinite().all()
-    error, energy = (found.double().numpy() - expected) ** 2, expected**2
+    error, energy = (found.double().cpu().numpy() - expected) ** 2, expected**2
     return float((error.sum(0) / energy.sum(0)).max()), float(error.sum() / energy.sum())
 
 
@@ -36,9 +36,9 @@ def linear(
     held, reference = cases.weight(name, rng, shape, wanted)
     if dtype != torch.float16 and name == "plain":
         held.tensors["weight"].data = held.tensors["weight"].to(dtype)
-    x = torch.from_numpy(rng.normal(size=(rows, reference.shape[1]))).to(dtype)
-    bias = torch.from_numpy(rng.normal(size=reference.shape[0])).to(dtype)
-    expected = x.double().numpy() @ reference.T + bias.double().numpy()
+    x = torch.from_numpy(rng.normal(size=(rows, reference.shape[1]))).to(DEVICE, dtype)
+    bias = torch.from_numpy(rng.normal(size=reference.shape[0])).to(DEVICE, dtype)
+    expected = x.double().cpu().numpy() @ reference.T + bias.double().cpu().numpy()
     return nmse(DecodedLinear(held, *reference.shape).run(x, bias), expected)
 
 
@@ -49,7 +49,7 @@ class Guarded(GroupedExperts):
 
     def empty(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         size = int(np.prod(shape)) * (dtype or like.dtype).itemsize
-        room = torch.full((size + 2 * VALUES,), GUARD, dtype=torch.uint8)
+        room = torch.full((size + 2 * VALUES,), GUARD, dtype=torch.uint8, device=like.device)
         room[VALUES : VALUES + size] = 0xFF  # NaN, or -1
         self.guards += [room[:VALUES], room[VALUES + size :]]
         return room[VALUES : VALUES + size].view(dtype or like.dtype).view(shape)
@@ -69,19 +69,19 @@ class Layer:
             held, reference = cases.weight(name, rng, shape)
             if name == "plain":
                 held.tensors["weight"].data = held.tensors["weight"].to(dtype)
-            bias = torch.from_numpy(rng.normal(size=shape[0])).to(dtype) if biased else None
+            bias = torch.from_numpy(rng.normal(size=shape[0])).to(DEVICE, dtype) if biased else None
             weights.append(Weight(held.codec, held.tensors, bias))
-            self.references.append((reference, 0.0 if bias is None else bias.double().numpy()))
+            self.references.append((reference, 0.0 if bias is None else bias.double().cpu().numpy()))
         experts = [ExpertWeights(*weights[first : first + 3]) for first in range(0, len(weights), 3)]
         self.layer = Guarded(experts, hidden, intermediate, activation, 1.5)
         self.layer.guards = []
         self.hidden, self.number = hidden, len(experts)
 
     def expected(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> Matrix:
-        output, inputs = np.zeros((len(x), self.hidden)), x.double().numpy()
+        output, inputs = np.zeros((len(x), self.hidden)), x.double().cpu().numpy()
         for expert in range(self.number):
             gate, up, down = self.references[3 * expert : 3 * expert + 3]
-            factor = (weights.double() * (ids == expert)).sum(1).numpy()[:, None]
+            factor = (weights.double() * (ids == expert)).sum(1).cpu().numpy()[:, None]
             hidden = self._activate(inputs @ gate[0].T + gate[1], inputs @ up[0].T + up[1])
             output += factor * (hidden @ down[0].T + down[1])
         return 1.5 * output
@@ -101,11 +101,12 @@ def inputs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, weights and ids; every fifth id is -1, one token has no other, the last expert has no token."""
     rng = generator(tokens, hidden, experts)
-    x = torch.from_numpy(rng.normal(size=(tokens, hidden))).to(dtype)
+    x = torch.from_numpy(rng.normal(size=(tokens, hidden))).to(DEVICE, dtype)
     ids = np.array([rng.permutation(max(1, experts - 1))[:top_k] for _ in range(tokens)], np.int32)
     ids.reshape(-1)[::5] = -1
     ids[tokens // 2 : tokens // 2 + 1] = -1
-    return x, torch.from_numpy(rng.uniform(0.1, 1, ids.shape)).float(), torch.from_numpy(ids)
+    weights = torch.from_numpy(rng.uniform(0.1, 1, ids.shape)).float()
+    return x, weights.to(DEVICE), torch.from_numpy(ids).to(DEVICE)
 
 
 def experts(
@@ -124,7 +125,7 @@ def experts(
     layer = Layer(names, *sizes, Activation(*activation), biased, dtype)
     x, weights, ids = inputs(tokens, sizes[0], layer.number, top_k, dtype)
     found = layer.layer.run(x, weights, ids)
-    order = torch.from_numpy(generator("order").permutation(tokens))
+    order = torch.from_numpy(generator("order").permutation(tokens)).to(DEVICE)
     other = layer.layer.run(x[order], weights[order], ids[order]) if reorders else found[order]
     worst, whole = nmse(found, layer.expected(x, weights, ids)) if tokens else (0.0, 0.0)
     return {

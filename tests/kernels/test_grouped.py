@@ -98,6 +98,7 @@ def layers(run: Run) -> dict[str, Future[dict[str, Any]]]:
     return {
         "decode, one token": run("experts", mixed, 1, top_k=1),
         "decode": run("experts", mixed * 2, 12, top_k=2, reorders=True),
+        "gate and up alike": run("experts", [name for name in mixed for _ in range(3)], 70, top_k=2, reorders=True),
         "prefill": run("experts", mixed, 90, top_k=1, reorders=True),
         "in turns": run("experts", mixed, 70, top_k=1, at_once=48),
         "gelu": run("experts", mixed, 70, top_k=1, activation=("gelu",)),
@@ -108,7 +109,7 @@ def layers(run: Run) -> dict[str, Future[dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "in turns", "gelu", "gpt-oss", "float32"])
+@pytest.mark.parametrize("name", ["decode", "gate and up alike", "prefill", "in turns", "gelu", "gpt-oss", "float32"])
 def test_a_layer_of_experts_computes_what_it_must(layers: Any, name: str) -> None:
     found = layers[name].result()
     assert_close(found["worst"] if name != "decode" else 0, found["whole"], 1e-10 if name == "float32" else WHOLE)

@@ -1,7 +1,8 @@
 """Weights from their files' layouts to that of the Triton kernels, on whatever device they are.
 
-Whole bytes stay row by row. Narrower values lie in int32 words, little-endian along the columns, of each plane first
-the step, then the row, then the step's words: what one program loads at once is one piece of memory.
+Whole bytes stay row by row. Narrower values lie in int32 words, of each plane first the step, then the row, then the
+step's words: what one program loads at once is one piece of memory. Within a step values are little-endian along the
+columns; or each field of the words is a slice of neighbouring columns, one in each word (`Codec.is_sliced`).
 """
 
 from __future__ import annotations
@@ -72,9 +73,13 @@ def words(values: torch.Tensor, codec: Codec) -> torch.Tensor:
     values = torch.nn.functional.pad(values, (0, codec.width - values.shape[1]))
     parts = []
     for bits, below in codec.planes:
-        steps = ((values >> below) & ((1 << bits) - 1)).view(codec.rows, -1, codec.step * bits // 32, 32 // bits)
+        fields, number = 32 // bits, codec.step * bits // 32
+        steps = ((values >> below) & ((1 << bits) - 1)).view(codec.rows, -1, codec.step)
+        shape = (fields, number) if codec.is_sliced else (number, fields)
+        steps = steps.view(*steps.shape[:2], *shape)
+        steps = steps.mT if codec.is_sliced else steps
         plane = torch.zeros(steps.shape[:3], dtype=torch.int32, device=values.device)
-        for place in range(32 // bits):
+        for place in range(fields):
             plane |= steps[..., place].to(torch.int32) << (bits * place)
         parts.append(plane.transpose(0, 1).reshape(-1))
     return torch.cat(parts)

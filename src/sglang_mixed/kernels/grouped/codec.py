@@ -16,6 +16,8 @@ from ...formats.slicing import Region, whole
 PLAIN, FP8, INT8, CODES, E2M1 = range(5)
 #: Columns of one step of a product: tensor cores multiply at least 16, more than 128 only take registers.
 SMALLEST_STEP, LARGEST_STEP = 16, 128
+#: Columns of a slice: one field of each of a step's words, which tensor cores take as it comes out of them.
+SLICE = 16
 #: As a group or block: one scale for all of them.
 ALL = 1 << 30
 
@@ -54,6 +56,11 @@ class Codec:
     def has_words(self) -> bool:
         """Whether values are narrower than a byte and lie in int32 words."""
         return self.bits < 8
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether a step's words hold its slices, one in each of their fields, instead of columns in their order."""
+        return self.bits == 4 and self.step == LARGEST_STEP
 
     @property
     def middle(self) -> int:
@@ -121,6 +128,8 @@ def least_step(codec: Codec) -> int:
 def _step(codec: Codec, columns: int) -> int:
     # Values of 16 bits, and codes joined of planes, take registers: those of 7 bits spilled.
     most = 64 if codec.kind == PLAIN or (codec.has_words and len(codec.planes) > 1) else LARGEST_STEP
+    if codec.bits == 4 and columns % LARGEST_STEP == 0 and LARGEST_STEP % codec.group == 0:
+        return LARGEST_STEP  # of several groups
     if codec.group != ALL:
         return max(math.gcd(codec.group, most), least_step(codec))
     return max(least_step(codec), min(most, 1 << (columns - 1).bit_length()))

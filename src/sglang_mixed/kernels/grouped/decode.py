@@ -14,8 +14,10 @@ from . import codec as codecs
 PLAIN = tl.constexpr(codecs.PLAIN)
 FP8 = tl.constexpr(codecs.FP8)
 INT8 = tl.constexpr(codecs.INT8)
+CODES = tl.constexpr(codecs.CODES)
 E2M1 = tl.constexpr(codecs.E2M1)
 ALL = tl.constexpr(codecs.ALL)
+SLICE = tl.constexpr(codecs.SLICE)
 
 #: What a line of a table of weights says (see `table.py`): the codec's number, then addresses.
 CODEC = tl.constexpr(0)
@@ -33,34 +35,61 @@ MAGIC = tl.constexpr(8388608)
 MAGIC_BITS = tl.constexpr(0x4B000000)
 
 
+def _fields_asm(kind: str, magic: int, middle: int) -> tl.constexpr:
+    """PTX for two words' 8 fields of 4 bits: each pair of halves becomes `magic` + code in 16 bits, less `middle`."""
+    lines = [
+        "{",
+        ".reg .b32 half, other, pair, middle;",
+        f"mov.b32 middle, {middle * 0x10001:#x};",
+        "prmt.b32 half, $8, $9, 0x5410;",
+        "prmt.b32 other, $8, $9, 0x7632;",
+    ]
+    for number in range(8):  # a register of the words may become one of the fields: they are read first
+        if number == 4:
+            lines.append("mov.b32 half, other;")
+        elif number:
+            lines.append("shr.u32 half, half, 4;")
+        lines.append(f"lop3.b32 pair, half, 0x000F000F, {magic * 0x10001:#x}, 0xEA;")
+        lines.append(f"sub.{kind}x2 ${number}, pair, middle;")
+    return tl.constexpr("\n".join([*lines, "}"]))
+
+
+#: 128 and 136 in BF16, 1024 and 1032 in FP16.
+FIELDS_BF16 = _fields_asm("bf16", 0x4300, 0x4308)
+FIELDS_FP16 = _fields_asm("f16", 0x6400, 0x6408)
+FIELDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
+
+
 @triton.jit
 def multiply(
     x,
     rows,
     is_row,
     line,
+    lines,
     outputs,
     X_COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     CODECS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of the weight of a table's line.
+    """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of weights, each from a table's line.
 
-    A row that is none, by `is_row`, comes out as zeros. `DOT` is the dtype of the products' factors.
+    All `lines` have the codec, order and groups of `line`. A row that is none, by `is_row`, comes out as zeros.
+    `DOT` is the dtype of the products' factors.
     """
     sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
     number = tl.load(line + CODEC)
     for index in tl.static_range(len(CODECS)):
         if number == index:
-            sums = _product(x, rows, is_row, line, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT)
+            sums = _product(x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT)
     return sums
 
 
 @triton.jit
-def bias(line, outputs, is_output, TYPE: tl.constexpr):
-    """float32 [outputs] of a table's line; zeros where it has no bias."""
-    address = tl.load(line + BIAS)
+def bias(lines, outputs, is_output, TYPE: tl.constexpr):
+    """float32 [outputs], each of its own line of a table; zeros where that has no bias."""
+    address = tl.load(lines + BIAS)
     return tl.load(address.to(tl.pointer_type(TYPE)) + outputs, is_output & (address != 0), 0.0).to(tl.float32)
 
 
@@ -70,6 +99,7 @@ def _product(
     rows,
     is_row,
     line,
+    lines,
     outputs,
     X_COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -80,42 +110,169 @@ def _product(
     codec: tl.constexpr = CODECS[NUMBER]
     is_output = outputs < OUTPUTS
     weight_rows = outputs + codec.first_row
-    sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
-    input_sums = tl.zeros(rows.shape, tl.float32)
-    for step in range(codec.width // codec.step):
-        inputs = _inputs(x, rows, is_row, line, step, X_COLUMNS, codec).to(DOT)
-        values = tl.trans(_values(x, line, step, weight_rows, is_output, codec, DOT))
-        if codec.group == ALL:
-            sums = tl.dot(inputs, values, sums, input_precision="ieee")
-            if codec.zero_bits != 0:
-                input_sums += tl.sum(inputs.to(tl.float32), 1)
-        else:
-            group = step * codec.step // codec.group
-            if codec.is_ordered:
-                group = tl.load(_pointer(line, GROUPS, tl.int32) + step)
-            product = tl.dot(inputs, values, input_precision="ieee")
-            if codec.zero_bits != 0:
-                zero = _zero(line, group, weight_rows, is_output, codec)
-                product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
-            sums += product * _scale(line, group, weight_rows, is_output, codec)[None, :]
+    if codec.is_sliced:
+        sums, input_sums = _slices(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
+    else:
+        sums, input_sums = _steps(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
     if codec.group == ALL:
         if codec.zero_bits != 0:
-            sums -= input_sums[:, None] * _zero(line, 0, weight_rows, is_output, codec)[None, :]
+            sums -= input_sums[:, None] * _zero(lines, 0, weight_rows, is_output, codec)[None, :]
         if codec.scale != "":
-            sums *= _scale(line, 0, weight_rows, is_output, codec)[None, :]
+            sums *= _scale(lines, 0, weight_rows, is_output, codec)[None, :]
     if codec.factor == "multiplies":
-        sums *= tl.load(_pointer(line, FACTOR, tl.float32))
+        sums *= tl.load(_pointer(lines, FACTOR, tl.float32))[None, :]
     elif codec.factor == "divides":
-        sums /= tl.load(_pointer(line, FACTOR, tl.float32))
+        sums /= tl.load(_pointer(lines, FACTOR, tl.float32))[None, :]
     if codec.kind == E2M1:  # its values are counted in halves
         sums *= 0.5
     return sums
 
 
 @triton.jit
-def _inputs(x, rows, is_row, line, step, X_COLUMNS: tl.constexpr, codec: tl.constexpr):
-    """[rows, step]: zeros where a stored column meets none of x."""
-    stored = step * codec.step + tl.arange(0, codec.step)
+def _steps(
+    x,
+    rows,
+    is_row,
+    line,
+    lines,
+    weight_rows,
+    is_output,
+    X_COLUMNS: tl.constexpr,
+    codec: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Sums over all columns, a step at a time, and those of the inputs; scaled where the weight has groups."""
+    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    input_sums = tl.zeros(rows.shape, tl.float32)
+    if codec.group != ALL:
+        scale = _scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
+    for step in range(codec.width // codec.step):
+        stored = step * codec.step + tl.arange(0, codec.step)
+        inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
+        values = tl.trans(_values(x, lines, step, weight_rows, is_output, codec, DOT))
+        if codec.group == ALL:
+            sums = tl.dot(inputs, values, sums, input_precision="ieee")
+            if codec.zero_bits != 0:
+                input_sums += tl.sum(inputs.to(tl.float32), 1)
+        else:
+            own = scale  # what the next step needs is on its way before this one's product
+            following = tl.minimum(step + 1, codec.width // codec.step - 1)
+            scale = _scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
+            product = tl.dot(inputs, values, input_precision="ieee")
+            if codec.zero_bits != 0:
+                zero = _zero(lines, _group(line, step, codec), weight_rows, is_output, codec)
+                product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
+            sums += product * own[None, :]
+    return sums, input_sums
+
+
+@triton.jit
+def _slices(
+    x,
+    rows,
+    is_row,
+    line,
+    lines,
+    weight_rows,
+    is_output,
+    X_COLUMNS: tl.constexpr,
+    codec: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """`_steps` of 4-bit values in slices: no value changes its thread between memory and product."""
+    GROUPS: tl.constexpr = 1 if codec.group == ALL else max(1, codec.step // codec.group)
+    COLUMNS: tl.constexpr = codec.step // GROUPS
+    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    input_sums = tl.zeros(rows.shape, tl.float32)
+    weight = _pointer(lines, WEIGHT, tl.int32)[:, None] + weight_rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
+    if codec.group != ALL and GROUPS == 1:
+        scale = _scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
+    for step in range(codec.width // codec.step):
+        words = tl.load(weight + step * (codec.rows * SLICE), is_output[:, None])
+        fields = _fields(tl.trans(words), codec, DOT)
+        for number in tl.static_range(GROUPS):
+            values = _joined(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
+            stored = step * codec.step + number * COLUMNS + tl.arange(0, COLUMNS)
+            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
+            if codec.group == ALL:
+                sums = tl.dot(inputs, values, sums, input_precision="ieee")
+                if codec.zero_bits != 0:
+                    input_sums += tl.sum(inputs.to(tl.float32), 1)
+            else:
+                group = _group(line, step, codec) + number
+                if GROUPS == 1:
+                    own = scale  # what the next step needs is on its way before this one's product
+                    following = tl.minimum(step + 1, codec.width // codec.step - 1)
+                    scale = _scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
+                else:
+                    own = _scale(lines, group, weight_rows, is_output, codec)
+                product = tl.dot(inputs, values, input_precision="ieee")
+                if codec.zero_bits != 0:
+                    zero = _zero(lines, group, weight_rows, is_output, codec)
+                    product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
+                sums += product * own[None, :]
+    return sums, input_sums
+
+
+@triton.jit
+def _joined(fields, FIRST: tl.constexpr, NUMBER: tl.constexpr):
+    """[NUMBER * 16, outputs] of as many fields [16, outputs], one below the other."""
+    if NUMBER == 1:
+        found = fields[FIRST]
+    else:
+        above = _joined(fields, FIRST, NUMBER // 2)
+        pairs = tl.join(above, _joined(fields, FIRST + NUMBER // 2, NUMBER // 2))
+        found = tl.reshape(tl.permute(pairs, 2, 0, 1), (NUMBER * SLICE, above.shape[1]))
+    return found
+
+
+@triton.jit
+def _fields(words, codec: tl.constexpr, DOT: tl.constexpr):
+    """The 8 fields of int32 words, as values in `DOT` before scales."""
+    # Types are spelled out: Triton takes no others.
+    if codec.kind == CODES and DOT.is_bf16():
+        return tl.inline_asm_elementwise(
+            FIELDS_BF16, FIELDS_CONSTRAINTS, [words],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    if codec.kind == CODES and DOT.is_fp16():
+        return tl.inline_asm_elementwise(
+            FIELDS_FP16, FIELDS_CONSTRAINTS, [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return (
+        _value(words & 15, codec).to(DOT),
+        _value((words >> 4) & 15, codec).to(DOT),
+        _value((words >> 8) & 15, codec).to(DOT),
+        _value((words >> 12) & 15, codec).to(DOT),
+        _value((words >> 16) & 15, codec).to(DOT),
+        _value((words >> 20) & 15, codec).to(DOT),
+        _value((words >> 24) & 15, codec).to(DOT),
+        _value((words >> 28) & 15, codec).to(DOT),
+    )
+
+
+@triton.jit
+def _value(codes, codec: tl.constexpr):
+    """float32 of codes, less their middle."""
+    if codec.kind == E2M1:
+        return _halves(codes)
+    return (codes | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + codec.middle)
+
+
+@triton.jit
+def _group(line, step, codec: tl.constexpr):
+    """The (first) group of a step."""
+    if codec.is_ordered:
+        return tl.load(_pointer(line, GROUPS, tl.int32) + step)
+    return step * codec.step // codec.group
+
+
+@triton.jit
+def _inputs(x, rows, is_row, line, stored, X_COLUMNS: tl.constexpr, codec: tl.constexpr):
+    """[rows, stored]: zeros where a stored column meets none of x."""
     if codec.is_ordered:
         meets = tl.load(_pointer(line, ORDER, tl.int32) + stored)
         columns = meets - codec.first_column
@@ -130,23 +287,23 @@ def _inputs(x, rows, is_row, line, step, X_COLUMNS: tl.constexpr, codec: tl.cons
 
 
 @triton.jit
-def _values(x, line, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+def _values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
     """[rows, step] of the weight in `DOT`, before scales; codes less their middle."""
     # No early returns: Triton also compiles what follows them.
     if codec.kind == PLAIN:
-        values = _bytes(_pointer(line, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
+        values = _bytes(_pointer(lines, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
     elif codec.kind == FP8:
-        values = _bytes(_pointer(line, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
+        values = _bytes(_pointer(lines, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
     elif codec.kind == INT8:
-        values = _bytes(_pointer(line, WEIGHT, tl.int8), step, rows, is_output, codec)
+        values = _bytes(_pointer(lines, WEIGHT, tl.int8), step, rows, is_output, codec)
     elif codec.kind == E2M1:
-        values = _halves(_words(line, step, rows, is_output, codec))
+        values = _value(_words(lines, step, rows, is_output, codec), codec)
     else:
         if codec.bits == 8:
-            codes = _bytes(_pointer(line, WEIGHT, tl.uint8), step, rows, is_output, codec).to(tl.int32)
+            codes = _bytes(_pointer(lines, WEIGHT, tl.uint8), step, rows, is_output, codec).to(tl.int32)
         else:
-            codes = _words(line, step, rows, is_output, codec)
-        values = (codes | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + codec.middle)
+            codes = _words(lines, step, rows, is_output, codec)
+        values = _value(codes, codec)
     return values.to(DOT)
 
 
@@ -154,30 +311,30 @@ def _values(x, line, step, rows, is_output, codec: tl.constexpr, DOT: tl.constex
 def _bytes(weight, step, rows, is_output, codec: tl.constexpr):
     """[rows, step] of a matrix that lies row by row."""
     columns = step * codec.step + tl.arange(0, codec.step)
-    place = weight + rows.to(tl.int64)[:, None] * codec.stored_columns + columns[None, :]
+    place = weight[:, None] + rows.to(tl.int64)[:, None] * codec.stored_columns + columns[None, :]
     if codec.stored_columns == codec.width:
         return tl.load(place, is_output[:, None])
     return tl.load(place, is_output[:, None] & (columns < codec.stored_columns)[None, :])
 
 
 @triton.jit
-def _words(line, step, rows, is_output, codec: tl.constexpr):
+def _words(lines, step, rows, is_output, codec: tl.constexpr):
     """int32 [rows, step] of codes, joined of their planes."""
-    codes = _plane(line, step, rows, is_output, codec, 0)
+    codes = _plane(lines, step, rows, is_output, codec, 0)
     for index in tl.static_range(1, len(codec.planes)):
-        codes |= _plane(line, step, rows, is_output, codec, index)
+        codes |= _plane(lines, step, rows, is_output, codec, index)
     return codes
 
 
 @triton.jit
-def _plane(line, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constexpr):
+def _plane(lines, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constexpr):
     BITS: tl.constexpr = codec.planes[NUMBER][0]
     BELOW: tl.constexpr = codec.planes[NUMBER][1]
     FIRST: tl.constexpr = codec.rows * codec.width * (codec.bits - BITS - BELOW) // 32
     STEP: tl.constexpr = codec.step
     WORDS: tl.constexpr = codec.step * BITS // 32
-    weight = _pointer(line, WEIGHT, tl.int32) + FIRST + step * (codec.rows * WORDS)
-    words = tl.load(weight + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
+    weight = _pointer(lines, WEIGHT, tl.int32) + FIRST + step * (codec.rows * WORDS)
+    words = tl.load(weight[:, None] + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
     parts = (words[:, :, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, None, :]) & ((1 << BITS) - 1)
     return tl.reshape(parts, (rows.shape[0], STEP)) << BELOW
 
@@ -192,19 +349,19 @@ def _halves(codes):
 
 
 @triton.jit
-def _scale(line, group, rows, is_output, codec: tl.constexpr):
+def _scale(lines, group, rows, is_output, codec: tl.constexpr):
     """float32 [rows]."""
     place = rows // codec.block + group * codec.row_groups
     if codec.scale == "float32":
-        scale = tl.load(_pointer(line, SCALE, tl.float32) + place, is_output, 1.0)
+        scale = tl.load(_pointer(lines, SCALE, tl.float32) + place, is_output, 1.0)
     elif codec.scale == "float16":
-        scale = tl.load(_pointer(line, SCALE, tl.float16) + place, is_output, 1.0).to(tl.float32)
+        scale = tl.load(_pointer(lines, SCALE, tl.float16) + place, is_output, 1.0).to(tl.float32)
     elif codec.scale == "bfloat16":
-        scale = tl.load(_pointer(line, SCALE, tl.bfloat16) + place, is_output, 1.0).to(tl.float32)
+        scale = tl.load(_pointer(lines, SCALE, tl.bfloat16) + place, is_output, 1.0).to(tl.float32)
     elif codec.scale == "float8_e4m3fn":
-        scale = tl.load(_pointer(line, SCALE, tl.float8e4nv) + place, is_output, 1.0).to(tl.float32)
+        scale = tl.load(_pointer(lines, SCALE, tl.float8e4nv) + place, is_output, 1.0).to(tl.float32)
     else:  # float8_e8m0fnu: an exponent, whose least is half of the least normal number
-        exponent = tl.load(_pointer(line, SCALE, tl.uint8) + place, is_output, 127).to(tl.int32)
+        exponent = tl.load(_pointer(lines, SCALE, tl.uint8) + place, is_output, 127).to(tl.int32)
         bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
         scale = bits.to(tl.float32, bitcast=True)
     if codec.divides:
@@ -213,9 +370,9 @@ def _scale(line, group, rows, is_output, codec: tl.constexpr):
 
 
 @triton.jit
-def _zero(line, group, rows, is_output, codec: tl.constexpr):
+def _zero(lines, group, rows, is_output, codec: tl.constexpr):
     """float32 [rows]: zero points less the middle of the codes."""
-    zeros = _pointer(line, ZERO, tl.uint8)
+    zeros = _pointer(lines, ZERO, tl.uint8)
     if codec.zero_bits == 8:
         stored = tl.load(zeros + rows // codec.block + group * codec.row_groups, is_output, 0).to(tl.int32)
     else:
@@ -225,5 +382,5 @@ def _zero(line, group, rows, is_output, codec: tl.constexpr):
 
 
 @triton.jit
-def _pointer(line, FIELD: tl.constexpr, TYPE: tl.constexpr):
-    return tl.multiple_of(tl.load(line + FIELD).to(tl.pointer_type(TYPE)), 16)
+def _pointer(lines, FIELD: tl.constexpr, TYPE: tl.constexpr):
+    return tl.multiple_of(tl.load(lines + FIELD).to(tl.pointer_type(TYPE)), 16)

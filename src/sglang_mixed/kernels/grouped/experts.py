@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,8 @@ from .table import Weight, codecs_of, line, table
 #: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
 TOKENS_AT_ONCE = 4096
 SORTED_AT_ONCE = 1024
+#: Pairs of tokens and slots up to which each is a block of its own: their experts are hardly ever the same.
+UNSORTED = 32
 
 
 class ExpertWeights(NamedTuple):
@@ -53,6 +55,11 @@ class GroupedExperts:
         sides = (self.gate_up_codecs, self.gate_up_codecs, self.down_codecs)
         lines = [line(weight, side) for expert in experts for weight, side in zip(expert, sides, strict=True)]
         self._table = table(lines, experts[0].gate.tensors["weight"].device)
+        alone = torch.full((UNSORTED, TILES[0].rows), -1, dtype=torch.int32)
+        alone[:, 0] = torch.arange(UNSORTED)
+        self._alone = alone.to(self._table.device)
+        # Sorted columns meet x in an order of their own.
+        self.are_alike = all(one.gate.codec == one.up.codec and not one.gate.codec.is_ordered for one in experts)
         self.has_bias = any(weight.bias is not None for expert in experts for weight in expert)
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -76,11 +83,14 @@ class GroupedExperts:
         pairs, experts = self._sort(ids, tiles.rows)
         blocks, common = len(experts), _options(tiles, self.has_bias, x)
         hidden = self.empty(ids.numel(), self.intermediate, like=x)
-        passes.gate_up[(triton.cdiv(self.intermediate, tiles.outputs), blocks)](
+        # A program of as many rows of both gate and up as another has of one.
+        common["BLOCK_N"] = tiles.outputs // 2 if self.are_alike else tiles.outputs
+        passes.gate_up[(triton.cdiv(self.intermediate, common["BLOCK_N"]), blocks)](
             x, hidden, self._table, pairs, experts, self._activation.alpha, self._activation.limit,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, TOP_K=top_k, CODECS=self.gate_up_codecs,
-            ACTIVATION=self._activation.name, **common,
+            ACTIVATION=self._activation.name, ALIKE=self.are_alike, **common,
         )  # fmt: skip
+        common["BLOCK_N"] = tiles.outputs
         sums = self.empty(ids.numel(), self.hidden, like=x, dtype=torch.float32)
         passes.down[(triton.cdiv(self.hidden, tiles.outputs), blocks)](
             hidden, sums, self._table, pairs, experts, weights,
@@ -92,23 +102,25 @@ class GroupedExperts:
         )
 
     def _sort(self, ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pairs int32 [blocks, rows] sorted by expert, -1 in places without one, and each block's expert or -1."""
+        """Pairs int32 [blocks, rows], those of a block of one expert, -1 in places without one; the blocks' experts."""
         num_pairs, number = ids.numel(), len(self._experts)
+        if num_pairs <= UNSORTED and rows == self._alone.shape[1]:
+            return self._alone[:num_pairs], ids.flatten().to(torch.int32)
         blocks = min(num_pairs, num_pairs // rows + min(number, num_pairs))
         pairs = self.empty(blocks, rows, like=ids, dtype=torch.int32)
         experts = self.empty(blocks, like=ids, dtype=torch.int32)
         chunk = min(SORTED_AT_ONCE, max(16, triton.next_power_of_2(num_pairs)))
         passes.sort_pairs[(number,)](
-            ids, pairs, experts, num_pairs, blocks, NUM_EXPERTS=number, BLOCK_M=rows, CHUNK=chunk
-        )
+            ids, pairs, experts, num_pairs, blocks,
+            NUM_EXPERTS=number, BINS=triton.next_power_of_2(number + 1), BLOCK_M=rows, CHUNK=chunk,
+        )  # fmt: skip
         return pairs, experts
 
 
-def _options(tiles: Tiles, has_bias: bool, x: torch.Tensor) -> dict[str, object]:
+def _options(tiles: Tiles, has_bias: bool, x: torch.Tensor) -> dict[str, Any]:
     return {
         "HAS_BIAS": has_bias,
         "BLOCK_M": tiles.rows,
-        "BLOCK_N": tiles.outputs,
         "DOT": dot_type(x),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,

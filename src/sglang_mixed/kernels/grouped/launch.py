@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
 
 
 #: For few rows an expert, and for many.
-TILES = (Tiles(16, 64, 4, 4), Tiles(64, 128, 8, 3))
+TILES = (Tiles(16, 64, 4, 3), Tiles(64, 128, 8, 3))
 
 
 def dot_type(x: torch.Tensor) -> Any:

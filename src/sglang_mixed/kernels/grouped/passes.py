@@ -14,13 +14,21 @@ from .decode import FIELDS, bias, multiply
 
 @triton.jit(do_not_specialize=("num_pairs", "num_blocks"))
 def sort_pairs(
-    ids, pairs, experts, num_pairs, num_blocks, NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+    ids,
+    pairs,
+    experts,
+    num_pairs,
+    num_blocks,
+    NUM_EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Program e writes expert e's pairs, in their order, to its blocks of `pairs` [blocks, BLOCK_M], -1 to the rest of
-    them, and e to `experts` [blocks]; the last program writes -1 for blocks that no expert needs.
+    them, and e to `experts` [blocks]; the last program writes -1 for blocks that no expert needs. BINS is a power of
+    two above NUM_EXPERTS.
     """
     expert = tl.program_id(0)
-    BINS: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS + 1)
     places = tl.arange(0, CHUNK)
     counts = tl.zeros((BINS,), tl.int32)
     for begin in range(0, num_pairs, CHUNK):
@@ -44,6 +52,12 @@ def sort_pairs(
 
 
 @triton.jit
+def _each(line, outputs):
+    """One line for all outputs."""
+    return line + tl.zeros(outputs.shape, tl.int32)
+
+
+@triton.jit
 def gate_up(
     x,
     output,
@@ -57,13 +71,16 @@ def gate_up(
     TOP_K: tl.constexpr,
     CODECS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALIKE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """output [pairs, INTERMEDIATE]: each pair's activated product of gate and up. Of `table` [experts, 3, FIELDS] the
-    first two lines of an expert are its gate and up."""
+    """output [pairs, INTERMEDIATE]: each pair's activated product of gate and up.
+
+    Of `table` [experts, 3, FIELDS] the first two lines of an expert are its gate and up; `ALIKE`: they have one codec.
+    """
     block = tl.program_id(1)
     expert = tl.load(experts + block)
     if expert < 0:
@@ -74,11 +91,18 @@ def gate_up(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < INTERMEDIATE
     line = table + expert * (3 * FIELDS)
-    gate = multiply(x, rows, is_pair, line, outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
-    up = multiply(x, rows, is_pair, line + FIELDS, outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+    if ALIKE:  # rows of gate and up take turns, so that those of one output end up in one thread
+        turns = tl.arange(0, 2 * BLOCK_N)
+        numbers, lines = tl.program_id(0) * BLOCK_N + turns // 2, line + turns % 2 * FIELDS
+        both = multiply(x, rows, is_pair, line, lines, numbers, HIDDEN, INTERMEDIATE, CODECS, DOT)
+        gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        gate = multiply(x, rows, is_pair, line, _each(line, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+        second = line + FIELDS
+        up = multiply(x, rows, is_pair, second, _each(second, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
     if HAS_BIAS:
-        gate += bias(line, outputs, is_output, x.dtype.element_ty)[None, :]
-        up += bias(line + FIELDS, outputs, is_output, x.dtype.element_ty)[None, :]
+        gate += bias(_each(line, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
+        up += bias(_each(line + FIELDS, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
     if ACTIVATION == "silu":
         found = gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "gelu":
@@ -117,9 +141,10 @@ def down(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < HIDDEN
     line = table + expert * (3 * FIELDS) + 2 * FIELDS
-    found = multiply(x, rows, is_pair, line, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
+    lines = _each(line, outputs)
+    found = multiply(x, rows, is_pair, line, lines, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
     if HAS_BIAS:
-        found += bias(line, outputs, is_output, x.dtype.element_ty)[None, :]
+        found += bias(lines, outputs, is_output, x.dtype.element_ty)[None, :]
     found *= tl.load(weights + rows, is_pair, 0.0).to(tl.float32)[:, None]
     tl.store(output + rows[:, None] * HIDDEN + outputs[None, :], found, is_pair[:, None] & is_output[None, :])
 
@@ -157,7 +182,8 @@ def linear(
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < OUTPUTS
-    found = multiply(x, rows.to(tl.int64), is_row, table, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
+    lines = _each(table, outputs)
+    found = multiply(x, rows.to(tl.int64), is_row, table, lines, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
     if HAS_BIAS:
         found += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
     place = output + rows.to(tl.int64)[:, None] * OUTPUTS + outputs[None, :]

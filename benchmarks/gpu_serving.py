@@ -1,0 +1,177 @@
+"""Output tokens per second on a GPU: maps ÷ stock SGLang, and a mix ÷ BF16 and ÷ all-Int4, CUDA graphs on.
+
+    python benchmarks/gpu_serving.py [--layers 4] [--only NAME ...]
+
+Random weights of Qwen3-30B-A3B's shapes. All engines start at once, then answer in turns, each in a process of its own.
+Prints one JSON object a measure, and exits with 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from measure import report  # noqa: E402
+from synthetic import REAL_SIZES, write, write_map  # noqa: E402
+from tests.engine.layers import PREFIX  # noqa: E402
+
+BATCHES, NEW_TOKENS, PROMPT, REPEATS = (1, 16, 64), 128, 16, 9
+ALL_EXPERTS = f"{PREFIX.replace('.0.', '.*.')}.*.*"
+HOT_EXPERTS = f"{PREFIX.replace('.0.', '.*.')}.{{0..31}}.*"
+ENGINE: dict[str, Any] = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "cuda_graph_backend_prefill": "disabled",
+    "cuda_graph_bs_decode": BATCHES,
+    "disable_radix_cache": True,
+    "skip_tokenizer_init": True,
+    "max_total_tokens": 32768,
+    "mem_fraction_static": 0.8,
+    "log_level": "error",
+}
+#: name -> (the checkpoint of stock SGLang, or a map's rules over BF16 and their first source), and the experts' kernel.
+STOCK = {"stock BF16": "bf16", "stock FP8": "fp8", "stock Int4": "int4"}
+MAPS: dict[str, tuple[str, dict[str, str], str]] = {
+    "BF16 map": ("bf16", {}, "needed"),
+    "FP8 map": ("fp8", {}, "needed"),
+    "Int4 map": ("int4", {}, "needed"),
+    "Int4 experts": ("bf16", {ALL_EXPERTS: "int4"}, "needed"),
+    "hot FP8 experts": ("bf16", {ALL_EXPERTS: "int4", HOT_EXPERTS: "fp8"}, "all"),
+}
+#: measure, numerator, denominator, bar, at which batches.
+RATIOS = [
+    ("uniform BF16 map", "BF16 map", "stock BF16", 0.98, BATCHES),
+    ("uniform FP8 map", "FP8 map", "stock FP8", 0.98, BATCHES),
+    ("uniform Int4 map", "Int4 map", "stock Int4", 0.98, BATCHES),
+    ("25 % FP8 + 75 % Int4 experts", "hot FP8 experts", "Int4 experts", 0.95, BATCHES),
+    ("25 % FP8 + 75 % Int4 experts", "hot FP8 experts", "BF16 map", 1.5, (1, 16)),
+]
+
+
+class Answering:
+    """An engine in a process of its own, which answers batches when it is asked to."""
+
+    def __init__(self, log: Path, arguments: Mapping[str, Any], wish: str | None) -> None:
+        environment = dict(os.environ) | ({"SGLANG_MIXED_GROUPED_EXPERTS": wish} if wish else {})
+        self._log, self._errors = log, log.open("w")
+        command = [sys.executable, __file__, "--engine", json.dumps({**ENGINE, **arguments})]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+
+    def wait(self) -> None:
+        """Until it serves. Raises RuntimeError with the log's end if it never will."""
+        self._line()
+
+    def seconds(self, batch: int) -> float:
+        """How long one batch takes it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{batch}\n")
+        self._process.stdin.flush()
+        return float(self._line())
+
+    def stop(self) -> None:
+        """It and all that it started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, 9)
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("= "):
+                return line[2:]
+        raise RuntimeError(self._log.read_text()[-3000:])
+
+
+def answer(arguments: dict[str, Any]) -> None:
+    """What an engine's process does."""
+    import sglang
+
+    engine = sglang.Engine(**arguments)
+    print("= ready", flush=True)
+    for line in sys.stdin:
+        batch = int(line)
+        prompts = [[2 + (31 * row + 7 * place) % 8000 for place in range(PROMPT)] for row in range(batch)]
+        sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        started = time.perf_counter()
+        engine.generate(input_ids=prompts, sampling_params=sampling)
+        print("=", time.perf_counter() - started, flush=True)
+
+
+def started(folder: Path, layers: int, only: list[str]) -> dict[str, Answering]:
+    """Every engine that answers, once all have started."""
+    sources = {
+        name: write(folder / name, kind, layers, "cuda", **REAL_SIZES)
+        for name, kind in (("bf16", "bf16"), ("fp8", "fp8"), ("int4", "gptq"))
+    }
+    found = {
+        name: Answering(folder / f"{name}.log", {"model_path": str(sources[kind])}, None)
+        for name, kind in STOCK.items()
+        if not only or name in only
+    }
+    for name, (first, rules, wish) in MAPS.items():
+        if only and name not in only:
+            continue
+        used = {kind: sources[kind] for kind in dict.fromkeys([first, *rules.values()])}
+        path = write_map(folder / f"{name}.yaml", rules, **used)
+        mixed = {"model_path": str(sources[first]), "enable_mixed_precision": True, "mixed_precision_config": str(path)}
+        found[name] = Answering(folder / f"{name}.log", mixed, wish)
+    for name, engine in list(found.items()):
+        try:
+            engine.wait()
+        except RuntimeError as error:
+            print(json.dumps({"engine": name, "error": str(error)}), flush=True)
+            del found[name]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--only", nargs="*", default=[], help="Names of engines.")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.engine:
+        answer(json.loads(arguments.engine))
+        return 0
+    os.environ.setdefault("SGLANG_ENABLE_JIT_DEEPGEMM", "0")  # it would compile for minutes
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
+        engines = started(Path(temporary), arguments.layers, arguments.only)
+        try:
+            good = [measured(engines, batch) for batch in BATCHES]
+        finally:
+            for engine in engines.values():
+                engine.stop()
+    return 0 if all(good) else 1
+
+
+def measured(engines: dict[str, Answering], batch: int) -> bool:
+    """Rates and ratios of one batch; the engines take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(REPEATS + 1):
+        for name, engine in engines.items():
+            seconds[name].append(engine.seconds(batch))
+    rates = {name: batch * NEW_TOKENS / statistics.median(times[1:]) for name, times in seconds.items()}
+    for name, rate in rates.items():
+        print(json.dumps({"engine": name, "batch": batch, "output_tokens_per_second": round(rate)}), flush=True)
+    ok = True
+    for measure, one, other, bar, batches in RATIOS:
+        if batch in batches and {one, other} <= rates.keys():
+            baseline = f"{other}, {rates[other]:.0f} tokens/s"
+            ok &= report(f"{measure}, batch {batch}", rates[one] / rates[other], "x", baseline, bar, at_least=True)
+    return ok
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""On a GPU: our own Triton kernels against float64, every format alone and all in one layer, in BF16 and FP16.
+
+    python scripts/gpu/grouped.py
+
+The checks are those that the tests run in Triton's interpreter. Prints one JSON object a check. Needs no SGLang.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "kernels"), str(ROOT / "tests" / "formats")]
+
+import grouped_checks  # noqa: E402
+from grouped_cases import FORMATS  # noqa: E402
+
+from sglang_mixed.formats.slicing import Region  # noqa: E402
+
+#: Of the worst column at 64 and more rows, and of the whole output.
+WORST_COLUMN, WHOLE = 1e-4, 1e-5
+#: A sum of 16-bit experts' hidden values is rounded twice.
+WHOLE_OF_EXPERTS = 2e-5
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED = ["gptq", "fp8 128x128", "awq", "int8 channel", "plain", "packed", "gptq g128 v2", "awq g64", "nvfp4"]
+SWIGLU = {"activation": ("swiglu", 1.702, 7.0), "biased": True}
+LAYERS: dict[str, tuple[list[str], int, dict[str, Any]]] = {
+    "all formats": ([*FORMATS, *list(FORMATS)[: -len(FORMATS) % 3]], 66, {"top_k": 2, "reorders": True}),
+    "two tokens": (MIXED, 2, {"top_k": 2}),
+    "gate and up alike": ([name for name in MIXED for _ in range(3)], 70, {"top_k": 2, "reorders": True}),
+    "decode": (MIXED * 2, 12, {"top_k": 2, "reorders": True}),
+    "prefill": (MIXED, 300, {"top_k": 1, "reorders": True}),
+    "in turns": (MIXED, 70, {"top_k": 1, "at_once": 48}),
+    "whole steps": (MIXED, 70, {"sizes": (512, 256), "top_k": 2, "reorders": True}),
+    "gelu": (MIXED, 70, {"top_k": 1, "activation": ("gelu",)}),
+    "gpt-oss": (["mxfp4"] * 3 + MIXED, 70, {"top_k": 2, **SWIGLU}),
+    **{f"{name}, alike": ([name] * 9, 130, {"sizes": (256, 128), "top_k": 2}) for name in FORMATS},
+}
+
+
+def linear(name: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """A format alone: many rows, few, whole steps, and a rank's share."""
+    odd = (83, 145) if name.startswith(("plain", "fp8", "int8", "mxfp8")) else (32, 160)
+    shapes = {"many": (odd, 200, None), "few": (odd, 3, None), "whole steps": ((192, 384), 64, None)}
+    for case, (shape, rows, region) in (shapes | {"share": ((96, 160), 64, Region((8, 74), (24, 130)))}).items():
+        worst, whole = grouped_checks.linear(name, shape, rows, region, DTYPES[dtype])
+        good = whole <= WHOLE and (rows < 64 or worst <= WORST_COLUMN)
+        yield {"check": f"linear, {case}", "format": name, "dtype": dtype, "worst": worst, "whole": whole, "ok": good}
+
+
+def layer(name: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """A layer of experts, in which guards surround every tensor that kernels write."""
+    formats, tokens, options = LAYERS[name]
+    found = grouped_checks.experts(formats, tokens, dtype=DTYPES[dtype], **options)
+    close = found["whole"] <= WHOLE_OF_EXPERTS and (tokens < 64 or found["worst"] <= WORST_COLUMN)
+    good = close and found["guarded"] and found["skipped"] and found["reordered"] == 0
+    yield {"check": f"experts, {name}", "dtype": dtype, **found, "ok": good}
+
+
+def run(kind: str, name: str, dtype: str) -> list[dict[str, Any]]:
+    try:
+        return list((linear if kind == "linear" else layer)(name, dtype))
+    except Exception as error:
+        return [{"check": f"{kind}, {name}", "dtype": dtype, "error": f"{type(error).__name__}: {str(error)[-600:]}"}]
+
+
+def main() -> None:
+    wanted = [("experts", name, dtype) for name in LAYERS for dtype in DTYPES]
+    wanted += [("linear", name, dtype) for name in FORMATS for dtype in DTYPES]
+    failed = 0
+    # What takes time is Triton's compiler.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(run, *one) for one in wanted]:
+            for line in future.result():
+                failed += not line.get("ok")
+                print(json.dumps(line), flush=True)
+    print(json.dumps({"check": "all", "failed": failed}))
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
