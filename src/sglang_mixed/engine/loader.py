@@ -17,11 +17,12 @@ from ..stream import ReadLog, stream
 from . import state
 from .arguments import Request
 from .cpu_platform import runs_on_torch_cpu
+from .kernel_builds import KernelBuilds
 from .latent import derive_latent_weights
 from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
-from .ranks import agree_on_plan
+from .ranks import agree_on_plan, is_first_of_host
 from .stock import StockParameters
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Build the model, fill it from the plan, and start the proof."""
         started = time.perf_counter()
         agree_on_plan(self._request.fingerprint)
+        self._speaks = is_first_of_host()
         plan = self._request.rebuild_plan().rank(this_rank())
         ledger = Ledger()
         self._stock = StockParameters(plan, ledger)
@@ -67,6 +69,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         loading = state.current_loading()
         self._stock.watch(model)
+        self._builds = KernelBuilds(self._stock.compiled if torch.cuda.is_available() else (), self._speaks)
         reads = list(loading.plan.reads())
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
         # On a CPU the reading threads pack; an accelerator's streams and current device are this thread's.
@@ -86,6 +89,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             load_weights(weights)
             self._stock.adopt(model)
             self._check_filled()
+            self._builds.wait()
 
         model.load_weights = load_and_check
         try:
