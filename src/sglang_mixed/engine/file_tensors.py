@@ -74,7 +74,7 @@ class TensorPlace:
             found = rebase(self.local, tensor, self.module.format, self.part.held)
             without_implied({**expected, self.local: found}, self.part.format)
         place = self.tensor.parameter.data[self.tensor.index]
-        place.copy_(tensor.reshape(place.shape))
+        state.current_loading().transfer.copy(place, tensor.reshape(place.shape))
 
 
 class FileTensors(torch.nn.Module):

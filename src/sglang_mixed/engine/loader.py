@@ -24,12 +24,13 @@ from .progress import progress
 from .proof import Proof
 from .ranks import agree_on_plan, is_first_of_host
 from .stock import StockParameters
+from .transfer import PinnedTransfer
 
 logger = logging.getLogger(__name__)
 
 
 class MixedPrecisionLoader(DefaultModelLoader):
-    """Composes one model from the plan's sources. Peak host memory above the weights: three tensors."""
+    """Composes one model from the plan's sources. Peak host memory above the weights: `stream`'s."""
 
     def __init__(self, load_config: Any) -> None:
         extra = dict(load_config.model_loader_extra_config or {})
@@ -72,14 +73,15 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self._builds = KernelBuilds(self._stock.compiled if torch.cuda.is_available() else (), self._speaks)
         reads = list(loading.plan.reads())
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
-        # On a CPU the reading threads pack; an accelerator's streams and current device are this thread's.
-        by_readers = [loading.deliver] if runs_on_torch_cpu() else []
+        if torch.cuda.is_available() and not runs_on_torch_cpu():
+            loading.transfer = PinnedTransfer()
+        readers = loading.transfer.readers
         with progress(total) as self._log.advance:
-            for name, tensor in stream(reads, self._log, loading.destination, *by_readers):
-                given = tensor if by_readers else loading.deliver(name, tensor)
-                if given is not None:
-                    self._stock.give(name, given)
-                    yield name, given
+            # The reading threads pack, or copy to the GPU.
+            for name, tensor in stream(reads, self._log, loading.destination, loading.deliver, readers):
+                self._stock.give(name, tensor)
+                yield name, tensor
+        loading.transfer.finish()
 
     def load_weights_and_postprocess(self, model: Any, weights: Any, target_device: torch.device) -> None:
         """As SGLang's, with a look at the model between its `load_weights` and the kernels that repack."""
@@ -103,7 +105,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self._stock.filled()
         if not runs_on_torch_cpu():
             # SGLang's kernels repack next; after that the files' layout is gone.
-            loading.proof.note_stock()
+            loading.proof.note_stock(loading.transfer)
+            loading.transfer.finish()
             self._stock.release()
 
 
