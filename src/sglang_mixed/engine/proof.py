@@ -140,16 +140,18 @@ class Proof:
     def note_stock(self, transfer: Transfer) -> None:
         """Hash what SGLang's own methods hold, while it still lies as in the files."""
 
-        def note(name: str, tensor: StockTensor) -> None:
-            restored = tensor.restore()
-            self._memory[name] = transfer.sha256(restored)
-            if tensor.is_cast:
-                # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
-                self._casts[name] = str(restored.dtype).removeprefix("torch.")
+        def note(left: Iterator[tuple[str, StockTensor]]) -> None:
+            for name, tensor in left:
+                restored = tensor.restore()
+                self._memory[name] = transfer.sha256(restored)
+                if tensor.is_cast:
+                    # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
+                    self._casts[name] = str(restored.dtype).removeprefix("torch.")
 
-        new = {name: tensor for name, tensor in self._stock.tensors.items() if name not in self._memory}
+        # The threads take turns at one iterator: most tensors are smaller than a task for each would cost.
+        new = iter([(name, tensor) for name, tensor in self._stock.tensors.items() if name not in self._memory])
         with ThreadPoolExecutor(transfer.hashers, "weight-hasher") as pool:
-            list(pool.map(note, new.keys(), new.values()))
+            list(pool.map(note, [new] * transfer.hashers))
 
     def _verify(self) -> Iterator[None]:
         """A weight at a time."""

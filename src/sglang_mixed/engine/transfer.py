@@ -20,7 +20,7 @@ PINNED_FROM, PINNED_TO = 64 << 10, 64 << 20
 IN_FLIGHT = 32 << 20
 #: What is hashed of a tensor at a time.
 PIECE = 16 << 20
-MOST_THREADS = 8
+MOST_READERS, MOST_HASHERS = 8, 16
 
 
 class Transfer:
@@ -53,7 +53,8 @@ class PinnedTransfer(Transfer):
     """
 
     def __init__(self) -> None:
-        self.readers = self.hashers = max(READERS, min(MOST_THREADS, _cores() // torch.cuda.device_count()))
+        cores = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
+        self.readers, self.hashers = (max(READERS, min(most, cores)) for most in (MOST_READERS, MOST_HASHERS))
         self._device = torch.cuda.current_device()
         self._lanes = threading.local()
 
@@ -62,7 +63,7 @@ class PinnedTransfer(Transfer):
         self._stream()  # a thread's first call to CUDA chooses its GPU
         if not PINNED_FROM <= read.nbytes <= PINNED_TO:
             return None
-        return torch.empty(read.shape, dtype=TORCH_DTYPES[read.entry.dtype], pin_memory=True)
+        return _pinned(read.shape, TORCH_DTYPES[read.entry.dtype])
 
     def copy(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
         """On this thread's stream."""
@@ -83,7 +84,7 @@ class PinnedTransfer(Transfer):
         """A piece after the other through page-locked memory, which the thread keeps until `finish`."""
         stream, digest = self._stream(), hashlib.sha256()
         if not hasattr(self._lanes, "piece"):
-            self._lanes.piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+            self._lanes.piece = _pinned((PIECE,), torch.uint8)
         with torch.cuda.stream(stream):
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             for begin in range(0, len(data), PIECE):
@@ -102,8 +103,8 @@ class PinnedTransfer(Transfer):
         return self._lanes.stream
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def _give_back_pinned() -> None:
