@@ -67,8 +67,8 @@ def linear(kind: str, rows: int, columns: int, generator: torch.Generator) -> Te
     }
 
 
-def write(folder: Path, kind: str, layers: int, device: str = "cpu", **changes: int) -> Path:
-    """One checkpoint of `layers` layers, drawn on `device`; `changes` to CONFIG."""
+def write(folder: Path, kind: str, layers: int, device: str = "cpu", *, sharded: bool = False, **changes: int) -> Path:
+    """One checkpoint of `layers` layers, drawn on `device`, in one file or in one a layer; `changes` to CONFIG."""
     config = {**CONFIG, **changes, "num_hidden_layers": layers}
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     folder.mkdir(parents=True)
@@ -89,10 +89,24 @@ def write(folder: Path, kind: str, layers: int, device: str = "cpu", **changes: 
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         for norm in ("q_norm", "k_norm"):
             tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(config["head_dim"], dtype=torch.bfloat16)
-    save_file(tensors, folder / "model.safetensors")
+    if sharded:
+        _save_by_layer(folder, tensors)
+    else:
+        save_file(tensors, folder / "model.safetensors")
     quantization = {"quantization_config": QUANTIZATION[kind]} if QUANTIZATION[kind] else {}
     (folder / "config.json").write_text(json.dumps({**config, **quantization}))
     return folder
+
+
+def _save_by_layer(folder: Path, tensors: Tensors) -> None:
+    files: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        files.setdefault(f"model-{layer}.safetensors", {})[name] = tensor
+    for file, held in files.items():
+        save_file(held, folder / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:

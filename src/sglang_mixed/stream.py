@@ -47,25 +47,26 @@ def stream(
     log: ReadLog,
     destination: Destination = lambda read: None,
     receive: Receive = lambda name, tensor: tensor,
+    readers: int = READERS,
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Yield (name, tensor) of what `receive` lets through, read to its `destination` or else to memory of its own.
 
-    Two threads read ahead of the consumer, each a batch of small tensors or one large tensor at a time: beyond what
-    consumer and receiver keep, at most three times the largest tensor's bytes are alive, or four batches (of tensors
-    whose rows stand in turns in one matrix, that matrix and all of them).
+    `readers` threads read ahead of the consumer, each a batch of small tensors or one large tensor at a time: beyond
+    what consumer and receiver keep, at most one more than `readers` times the largest tensor's bytes are alive, or
+    twice as many batches (of tensors whose rows stand in turns in one matrix, that matrix and all of them).
     Raises MissingFileError, TruncatedFileError.
     """
     planned = list(reads)
-    with ExitStack() as files, ThreadPoolExecutor(READERS, "weight-reader") as readers:
+    with ExitStack() as files, ThreadPoolExecutor(readers, "weight-reader") as pool:
         limit = min(BATCH_BYTES, max((read.nbytes for _, _, entries in planned for read in entries), default=0))
         jobs = _batches(planned, files, limit)
         ahead: deque[tuple[int, Future[_Batch]]] = deque()
         while True:
-            while len(ahead) < READERS or sum(size for size, _ in ahead) < READERS * limit:
+            while len(ahead) < readers or sum(size for size, _ in ahead) < readers * limit:
                 if (job := next(jobs, None)) is None:
                     break
                 size, descriptor, path, entries = job
-                ahead.append((size, readers.submit(_read, descriptor, path, entries, destination, receive)))
+                ahead.append((size, pool.submit(_read, descriptor, path, entries, destination, receive)))
             if not ahead:
                 return
             batch, nbytes = ahead.popleft()[1].result()

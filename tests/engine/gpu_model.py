@@ -37,16 +37,10 @@ def load(path: str) -> Any:
     from sglang.srt.model_loader import loader as sglang_loader
     from sglang.srt.plugins import load_plugins
 
-    from sglang_mixed.engine import loader, quantization
-
     from .launch import TINY
-    from .stand_ins import replace_expert_kernels, replace_linear_kernels
 
     load_plugins()
-    for module in (loader, quantization):
-        module.runs_on_torch_cpu = lambda: False
-    replace_expert_kernels(setattr)
-    replace_linear_kernels(setattr)
+    replace_gpu()
     arguments: Any = Engine.server_args_class(
         model_path=str(TINY / "bf16"), enable_mixed_precision=True, mixed_precision_config=path, dtype="bfloat16"
     )
@@ -56,8 +50,23 @@ def load(path: str) -> Any:
     return chosen.load_model(model_config=config, device_config=DeviceConfig("cpu"))
 
 
+def replace_gpu() -> None:
+    """Have our loader and methods believe in a GPU whose kernels are stand-ins."""
+    from sglang_mixed.engine import loader, quantization
+
+    from .stand_ins import replace_expert_kernels, replace_linear_kernels
+
+    for module in (loader, quantization):
+        module.runs_on_torch_cpu = lambda: False
+    replace_expert_kernels(setattr)
+    replace_linear_kernels(setattr)
+
+
 def start_sglang(arguments: Any, backend: str) -> Any:
-    """What SGLang's layers ask of their process, as its scheduler prepares it; returns the model's config."""
+    """What SGLang's layers ask of their process, as its scheduler prepares it; returns the model's config.
+
+    A process may go on to further models.
+    """
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.layers.dp_attention import initialize_dp_attention
@@ -70,8 +79,9 @@ def start_sglang(arguments: Any, backend: str) -> Any:
         arguments.resolve_once()
     set_global_server_args_for_scheduler(arguments)
     initialize_moe_config(*[arguments][: len(inspect.signature(initialize_moe_config).parameters)])
-    init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, backend)
-    initialize_model_parallel()
+    if not torch.distributed.is_initialized():
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, backend)
+        initialize_model_parallel()
     config = ModelConfig.from_server_args(arguments)
     initialize_dp_attention(arguments, config)
     return config

@@ -16,7 +16,7 @@ from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from ..formats import ModuleFormat
 from ..formats.scaled import scale_values
 from ..formats.slicing import Range
-from . import marlin
+from . import kernel_builds, marlin
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,6 +38,10 @@ class ExpertKernel(Protocol):
 
     def why_not(self, formats: ExpertFormats) -> str | None:
         """Why it cannot run experts of these formats; None where it can."""
+        ...
+
+    def compiled(self, formats: ExpertFormats, dtype: torch.dtype, has_others: bool) -> set[kernel_builds.Kernel]:
+        """What SGLang compiles at the first call, for minutes."""
         ...
 
     def prepare(self, w13: Tensors, w2: Tensors, formats: ExpertFormats, kept: Range, dtype: torch.dtype) -> Tensors:
@@ -67,6 +71,10 @@ class TritonExperts:
         if block and one.shape[1] % block[1]:
             return f"it quantizes activations in whole blocks of {block[1]} columns, not {one.shape[1]}"
         return None
+
+    def compiled(self, formats: ExpertFormats, dtype: torch.dtype, has_others: bool) -> set[kernel_builds.Kernel]:
+        """None: Triton's compiler takes seconds."""
+        return set()
 
     def prepare(self, w13: Tensors, w2: Tensors, formats: ExpertFormats, kept: Range, dtype: torch.dtype) -> Tensors:
         """Scales in float32: [experts, rows, 1], or [experts, blocks, blocks]."""
@@ -123,6 +131,11 @@ class MarlinExperts:
         if formats.down.shape[0] % 128:
             return f"it takes hidden sizes that are multiples of 128, not {formats.down.shape[0]}"
         return next(filter(None, map(marlin.why_not, both)), None)
+
+    def compiled(self, formats: ExpertFormats, dtype: torch.dtype, has_others: bool) -> set[kernel_builds.Kernel]:
+        """The repacking of both matrices, and the product."""
+        layouts = {kernel_builds.repacking(marlin.has_zero_points(one)) for one in (formats.gate_up, formats.down)}
+        return {*layouts, kernel_builds.experts(dtype, has_others)}
 
     def prepare(self, w13: Tensors, w2: Tensors, formats: ExpertFormats, kept: Range, dtype: torch.dtype) -> Tensors:
         """SGLang's own repacking, with scales in the activations' dtype, which the kernel wants."""

@@ -19,6 +19,7 @@ from ..formats.slicing import Region, rebase, tensor_ranges
 from ..kernels.implied import implied, without_implied
 from ..plan import Part, PlannedModule
 from . import state
+from .kernel_builds import Kernel
 from .ledger import Line
 
 Tensors = dict[str, torch.Tensor]
@@ -73,7 +74,7 @@ class TensorPlace:
             found = rebase(self.local, tensor, self.module.format, self.part.held)
             without_implied({**expected, self.local: found}, self.part.format)
         place = self.tensor.parameter.data[self.tensor.index]
-        place.copy_(tensor.reshape(place.shape))
+        state.current_loading().transfer.copy(place, tensor.reshape(place.shape))
 
 
 class FileTensors(torch.nn.Module):
@@ -156,6 +157,11 @@ class Converted(torch.nn.Module):
             return self._padding
         held = sum(files.held_bytes for files in self.files)
         return sum(parameter.nbytes for parameter in self.parameters()) - held
+
+    @property
+    def compiled(self) -> set[Kernel]:
+        """What SGLang compiles at the first call for this module's weights."""
+        return set()
 
     def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Register a kernel's tensors as parameters."""

@@ -28,6 +28,7 @@ from . import decoded, state
 from .decoded import DecodedExperts, tell, wishes
 from .expert_kernels import KERNELS, ExpertFormats, ExpertKernel, unit
 from .file_tensors import Converted, FileTensors
+from .kernel_builds import Kernel
 from .moe import ExpertModules
 
 REMEDY = "map these experts to a source in another format, or serve on the CPU"
@@ -53,6 +54,11 @@ class ExpertGroup(Converted):
         self.w2 = FileTensors([[down] for _, _, down in experts], [Region(hidden, room)], dtype)
         self.runner: MoeRunner | None = None
         self._has_others = True
+
+    @property
+    def compiled(self) -> set[Kernel]:
+        """What SGLang compiles for this group."""
+        return self.kernel.compiled(self.formats, self._dtype, self._has_others)
 
     def create_runner(self, config: Any, num_experts: int) -> None:
         """SGLang's runner for this group, of `num_experts` on this rank."""

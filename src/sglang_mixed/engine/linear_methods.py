@@ -14,7 +14,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from ..errors import UnsupportedError
 from ..formats import ModuleFormat, label_of
 from ..plan import PlannedModule
-from . import decoded, marlin, state
+from . import decoded, kernel_builds, marlin, state
 from .expert_kernels import row_scales
 
 Tensors = dict[str, torch.Tensor]
@@ -105,6 +105,13 @@ def recipe_for(module_format: ModuleFormat) -> LinearRecipe:
         return LinearRecipe(method if p.block == (128, 128) else _by_triton(method), _blocks, arguments)
     name = "w8a8_fp8" if module_format.name == "fp8" else "w8a8_int8"
     return LinearRecipe(_from_config(name, {"quant_method": name}), _rows)
+
+
+def compiled(module_format: ModuleFormat, dtype: torch.dtype) -> set[kernel_builds.Kernel]:
+    """What SGLang compiles at the first call of this format's method."""
+    if module_format.name not in ("gptq", "awq", "packed"):
+        return set()
+    return {kernel_builds.repacking(marlin.has_zero_points(module_format)), kernel_builds.linear(dtype)}
 
 
 def _from_config(name: str, described: dict[str, Any]) -> Callable[[LinearBase], LinearMethodBase]:

@@ -17,18 +17,20 @@ from ..stream import ReadLog, stream
 from . import state
 from .arguments import Request
 from .cpu_platform import runs_on_torch_cpu
+from .kernel_builds import KernelBuilds
 from .latent import derive_latent_weights
 from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
-from .ranks import agree_on_plan
+from .ranks import agree_on_plan, is_first_of_host
 from .stock import StockParameters
+from .transfer import PinnedTransfer
 
 logger = logging.getLogger(__name__)
 
 
 class MixedPrecisionLoader(DefaultModelLoader):
-    """Composes one model from the plan's sources. Peak host memory above the weights: three tensors."""
+    """Composes one model from the plan's sources. Peak host memory above the weights: `stream`'s."""
 
     def __init__(self, load_config: Any) -> None:
         extra = dict(load_config.model_loader_extra_config or {})
@@ -44,6 +46,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Build the model, fill it from the plan, and start the proof."""
         started = time.perf_counter()
         agree_on_plan(self._request.fingerprint)
+        self._speaks = is_first_of_host()
         plan = self._request.rebuild_plan().rank(this_rank())
         ledger = Ledger()
         self._stock = StockParameters(plan, ledger)
@@ -67,16 +70,18 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         loading = state.current_loading()
         self._stock.watch(model)
+        self._builds = KernelBuilds(self._stock.compiled if torch.cuda.is_available() else (), self._speaks)
         reads = list(loading.plan.reads())
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
-        # On a CPU the reading threads pack; an accelerator's streams and current device are this thread's.
-        by_readers = [loading.deliver] if runs_on_torch_cpu() else []
+        if torch.cuda.is_available() and not runs_on_torch_cpu():
+            loading.transfer = PinnedTransfer()
+        readers = loading.transfer.readers
         with progress(total) as self._log.advance:
-            for name, tensor in stream(reads, self._log, loading.destination, *by_readers):
-                given = tensor if by_readers else loading.deliver(name, tensor)
-                if given is not None:
-                    self._stock.give(name, given)
-                    yield name, given
+            # The reading threads pack, or copy to the GPU.
+            for name, tensor in stream(reads, self._log, loading.destination, loading.deliver, readers):
+                self._stock.give(name, tensor)
+                yield name, tensor
+        loading.transfer.finish()
 
     def load_weights_and_postprocess(self, model: Any, weights: Any, target_device: torch.device) -> None:
         """As SGLang's, with a look at the model between its `load_weights` and the kernels that repack."""
@@ -86,6 +91,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             load_weights(weights)
             self._stock.adopt(model)
             self._check_filled()
+            self._builds.wait()
 
         model.load_weights = load_and_check
         try:
@@ -99,7 +105,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self._stock.filled()
         if not runs_on_torch_cpu():
             # SGLang's kernels repack next; after that the files' layout is gone.
-            loading.proof.note_stock()
+            loading.proof.note_stock(loading.transfer)
+            loading.transfer.finish()
             self._stock.release()
 
 

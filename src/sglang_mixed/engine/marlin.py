@@ -67,8 +67,7 @@ def to_marlin_source(files: Mapping[str, torch.Tensor], module_format: ModuleFor
         found["g_idx"] = _common_groups(g_idx)
     elif not p.symmetric:
         assert zeros is not None
-        codes = torch.stack([unpack(one, p.bits) for one in qweight])
-        found["qweight"] = pack_columns(codes)
+        found["qweight"] = _in_columns(qweight, p.bits)
         found["qzeros"] = pack_columns(_zero_points(zeros, offset, scales.shape[2]))
     return found
 
@@ -97,6 +96,15 @@ def pack_columns(codes: torch.Tensor) -> torch.Tensor:
     packed = torch.zeros(words.shape[:3], dtype=torch.int32, device=codes.device)
     for nibble, column in enumerate(ORDER):
         packed |= words[..., column].to(torch.int32) << (4 * nibble)
+    return packed
+
+
+def _in_columns(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+    """GPTQ's layout [n, in*bits/32, out] -> AWQ's [n, in, out/8]. A matrix at a time: codes are twice as large."""
+    number, words, out = qweight.shape
+    packed = qweight.new_empty((number, words * 32 // bits, out // NIBBLES))
+    for place, one in zip(packed, qweight, strict=True):
+        place.copy_(pack_columns(unpack(one, bits).unsqueeze(0))[0])
     return packed
 
 

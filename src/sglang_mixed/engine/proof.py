@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from ..kernels.compressed import CompressedWeight
 from ..memory import rank_memory
 from ..plan import Plan, PlannedModule, RankPlan
 from ..stream import ReadLog, sha256, stream
+from .file_tensors import StockTensor
 from .intake import Bias, Intake
 from .stock import StockParameters
+from .transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -134,20 +137,25 @@ class Proof:
     def _is_verified(self, module: PlannedModule) -> bool:
         return all(f"{module.name}.{local}" in self._file for local in module.tensors)
 
-    def note_stock(self) -> None:
+    def note_stock(self, transfer: Transfer) -> None:
         """Hash what SGLang's own methods hold, while it still lies as in the files."""
-        for name, tensor in self._stock.tensors.items():
-            if name in self._memory:
-                continue
-            restored = tensor.restore()
-            self._memory[name] = sha256(restored)
-            if tensor.is_cast:
-                # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
-                self._casts[name] = str(restored.dtype).removeprefix("torch.")
+
+        def note(left: Iterator[tuple[str, StockTensor]]) -> None:
+            for name, tensor in left:
+                restored = tensor.restore()
+                self._memory[name] = transfer.sha256(restored)
+                if tensor.is_cast:
+                    # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
+                    self._casts[name] = str(restored.dtype).removeprefix("torch.")
+
+        # The threads take turns at one iterator: most tensors are smaller than a task for each would cost.
+        new = iter([(name, tensor) for name, tensor in self._stock.tensors.items() if name not in self._memory])
+        with ThreadPoolExecutor(transfer.hashers, "weight-hasher") as pool:
+            list(pool.map(note, [new] * transfer.hashers))
 
     def _verify(self) -> Iterator[None]:
         """A weight at a time."""
-        self.note_stock()
+        self.note_stock(Transfer())
         for weight in self._weights:
             self._memory.update((name, sha256(tensor)) for name, tensor in weight.restore().items())
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ def gather(value: Any) -> list[Any]:
     if group.world_size > 1:
         torch.distributed.all_gather_object(values, value, group=group.cpu_group)
     return values
+
+
+def is_first_of_host() -> bool:
+    """Whether this rank speaks for all of its host."""
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    return gather(platform.node()).index(platform.node()) == get_tp_group().rank_in_group
 
 
 def agree_on_plan(fingerprint: str) -> None:

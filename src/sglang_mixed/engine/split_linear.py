@@ -20,8 +20,9 @@ from ..plan.fused import are_alike
 from . import state
 from .decoded import DecodedRun
 from .file_tensors import Converted, FileTensors
+from .kernel_builds import Kernel
 from .linear import check_shape
-from .linear_methods import LinearRecipe, needs_decoding, recipe_for
+from .linear_methods import LinearRecipe, compiled, needs_decoding, recipe_for
 
 
 class LinearRun(Converted):
@@ -38,6 +39,11 @@ class LinearRun(Converted):
         # What SGLang's methods put their parameters on. Its loader must not find a method here: `convert` calls it.
         self.matrix = LinearBase(self._columns, sum(sizes), params_dtype=dtype)
         self.matrix.quant_method = None
+
+    @property
+    def compiled(self) -> set[Kernel]:
+        """What SGLang compiles for this run."""
+        return compiled(self.parts[0].format, self._dtype)
 
     def convert(self) -> None:
         """The files' layout gives way to the method's."""

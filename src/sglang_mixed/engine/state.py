@@ -10,6 +10,7 @@ import torch
 from ..errors import EngineError
 from ..formats.base import TORCH_DTYPES
 from ..plan.values import check_planned
+from .transfer import Transfer
 
 if TYPE_CHECKING:
     from ..checkpoint import Read
@@ -30,6 +31,8 @@ class Loading:
     proof: Proof
     #: Whether every weight is looked at for values that no weight may have; scales are in any case.
     verify_values: bool = False
+    #: How bytes get into the parameters.
+    transfer: Transfer = field(default_factory=Transfer)
     #: Full checkpoint name -> what waits for the tensor; all others go through SGLang's own loaders.
     places: dict[str, tuple[Line, Place]] = field(default_factory=dict)
     _partial: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -42,9 +45,10 @@ class Loading:
     def destination(self, read: Read) -> torch.Tensor | None:
         """Where a tensor is to be read to."""
         if read.name in self.places:
-            return self.places[read.name][1].destination()
+            place = self.places[read.name][1].destination()
+            return self.transfer.host(read) if place is None else place
         if read.ranges is None:
-            return None
+            return self.transfer.host(read)
         # SGLang's loaders cut the whole tensor themselves: what they leave out is never read, nor touched in memory.
         whole = self._partial[read.name] = torch.empty(read.entry.shape, dtype=TORCH_DTYPES[read.entry.dtype])
         return whole[tuple(slice(*bounds) for bounds in read.ranges)]

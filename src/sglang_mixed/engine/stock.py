@@ -18,6 +18,7 @@ from ..formats import tensor_specs
 from ..formats.base import Axis, TensorSpec
 from ..plan import RankPlan
 from .file_tensors import Converted, FileTensors, StockTensor, file_dtype
+from .kernel_builds import Kernel
 from .ledger import Ledger, Line
 from .names import Shard
 
@@ -44,6 +45,11 @@ class StockParameters:
     def padding(self) -> int:
         """Bytes that hold no weight: rows SGLang adds to a vocabulary or a block, and what a wider dtype adds."""
         return self._padding + sum(module.padding for module in self._converted)
+
+    @property
+    def compiled(self) -> set[Kernel]:
+        """What SGLang compiles at the first calls of the model's layers."""
+        return set().union(*(module.compiled for module in self._converted))
 
     def watch(self, model: torch.nn.Module) -> None:
         """Open the ledger's lines for all stock parameters and wrap their loaders."""
