@@ -29,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compare import ROOT, report, shortened, start
 
 sys.path.insert(0, str(ROOT))
-from tests.engine import dense
+from tests.engine.family_models import Pack, write_family
 from tests.engine.launch import TINY
+from tests.engine.mixes import SOURCES as PACKERS
+from tests.engine.mixes import write_mix
 from tests.engine.reference import write_reference
 from tests.formats import packers
 
@@ -97,11 +99,11 @@ def write_map(folder: Path, sources: dict[str, Path], mapping: dict[str, str]) -
 def write_dense(folder: Path) -> Path:
     """A dense Qwen3 of random weights: q/k/v and gate/up split, a static FP8 weight, packed integers."""
     block = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    writers: dict[str, tuple[dense.Pack, float]] = {
-        "bf16": dense.SOURCES["bf16"],
-        "int8": dense.SOURCES["int8"],
-        "fp8-tensor": dense.SOURCES["fp8_tensor"],
-        "gptq-8": dense.SOURCES["v2_8bit"],
+    writers: dict[str, tuple[Pack, float]] = {
+        "bf16": PACKERS["bf16"],
+        "int8": PACKERS["int8"],
+        "fp8-tensor": PACKERS["fp8_tensor"],
+        "gptq-8": PACKERS["v2_8bit"],
         "packed": (lambda rng, *shape: packers.packed(rng, *shape, group=64, sym=False), 0.3),
         "fp8-block": (
             lambda rng, out, columns: packers.eight_bit(
@@ -110,10 +112,7 @@ def write_dense(folder: Path) -> Path:
             1e-3,
         ),
     }
-    sources = {
-        name: dense.write_checkpoint(folder / name, dense.QWEN3, pack, factor)
-        for name, (pack, factor) in writers.items()
-    }
+    sources = {name: write_family(folder / name, "qwen3", pack, factor) for name, (pack, factor) in writers.items()}
     layer = "model.layers.{layer}.{matrix}_proj"
     mapping = {
         ("0", "self_attn.q"): "fp8-tensor",
@@ -133,6 +132,7 @@ CASES = [
     Case("one expert alone in its format", {experts("0", "5"): "gptq-int4", experts("1", "0"): "fp8-block"}),
     Case("an expert of each", {experts("*", str(n)): SOURCES[n % 5] for n in range(8)}),
     Case("dense, split qkv and gate/up", write=write_dense),
+    Case("matrices in ten formats in turns", write=lambda folder: write_mix(folder, "qwen3_moe", "everything differs")),
     Case("uniform gptq", uniform("gptq-int4")),
     Case("uniform fp8 blocks, as stock", uniform("fp8-block"), stock="fp8-block"),
     # Stock SGLang 0.5.17 has no INT8 experts for compressed-tensors, and compiles Marlin for minutes for its GPTQ.

@@ -153,7 +153,7 @@ def test_the_operator_chooses_what_runs_on_the_triton_kernel(
 
 def test_a_wish_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(decoded.GROUPED_EXPERTS, "yes")
-    with pytest.raises(EngineError, match="one of needed, mixed, all"):
+    with pytest.raises(EngineError, match="one of mixed, needed, all"):
         decoded.wishes()
 
 

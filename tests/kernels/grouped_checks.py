@@ -92,6 +92,11 @@ class Layer:
             return torch.nn.functional.gelu(torch.from_numpy(gate)).numpy() * up
         if name == "silu":
             return gate / (1 + np.exp(-gate)) * up
+        if name == "limited_silu":
+            gate = np.minimum(gate, limit)
+            return gate / (1 + np.exp(-gate)) * np.clip(up, -limit, limit)
+        if name == "silu_limited":
+            return np.minimum(gate / (1 + np.exp(-gate)), limit) * np.clip(up, -limit, limit)
         gate = np.minimum(gate, limit)
         return gate / (1 + np.exp(-alpha * gate)) * (np.clip(up, -limit, limit) + 1)
 

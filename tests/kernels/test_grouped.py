@@ -40,13 +40,15 @@ def run() -> Iterator[Run]:
 
 @pytest.fixture(scope="session")
 def alone(run: Run) -> dict[str, dict[str, Future[tuple[float, float]]]]:
-    """The errors of every format in linear layers: of many rows and few, and of a rank's share."""
+    """The errors of every format in linear layers: of many rows and few, of a rank's share, and of whole steps."""
     share = Region((8, 74), (24, 130))
     return {
         name: {
             "many": run("linear", name, odd_shape(name), 64),
             "few": run("linear", name, odd_shape(name), 3),
             "part": run("linear", name, (96, 160), 64, share),
+            "whole steps": run("linear", name, (32, 256), 64),
+            "few in whole steps": run("linear", name, (32, 256), 3),
         }
         for name in FORMATS
     }
@@ -67,11 +69,11 @@ def assert_close(worst: float, whole: float, bound: float = WHOLE) -> None:
     assert worst <= WORST_COLUMN and whole <= bound, f"normalized squared error {worst:.1e}, of the whole {whole:.1e}"
 
 
-@pytest.mark.parametrize("case", ["many", "few", "part"])
+@pytest.mark.parametrize("case", ["many", "few", "part", "whole steps", "few in whole steps"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_of_any_format_multiplies_as_its_reference(alone: Any, name: str, case: str) -> None:
     worst, whole = alone[name][case].result()
-    assert_close(0 if case == "few" else worst, whole)
+    assert_close(0 if case.startswith("few") else worst, whole)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-10), (torch.bfloat16, WHOLE_CUT_OFF)])
@@ -102,6 +104,8 @@ def layers(run: Run) -> dict[str, Future[dict[str, Any]]]:
         "prefill": run("experts", mixed, 90, top_k=1, reorders=True),
         "in turns": run("experts", mixed, 70, top_k=1, at_once=48),
         "gelu": run("experts", mixed, 70, top_k=1, activation=("gelu",)),
+        "limited": run("experts", mixed, 70, top_k=1, activation=("limited_silu", 1.0, 0.5)),
+        "limited after": run("experts", mixed, 70, top_k=1, activation=("silu_limited", 1.0, 0.5)),
         "gpt-oss": run("experts", ["mxfp4"] * 3 + mixed, 70, top_k=2, **swiglu),
         "bfloat16": run("experts", mixed, 70, top_k=1, dtype=torch.bfloat16),
         "float32": run("experts", mixed, 70, top_k=1, dtype=torch.float32),
@@ -109,7 +113,10 @@ def layers(run: Run) -> dict[str, Future[dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize("name", ["decode", "gate and up alike", "prefill", "in turns", "gelu", "gpt-oss", "float32"])
+@pytest.mark.parametrize(
+    "name",
+    ["decode", "gate and up alike", "prefill", "in turns", "gelu", "limited", "limited after", "gpt-oss", "float32"],
+)
 def test_a_layer_of_experts_computes_what_it_must(layers: Any, name: str) -> None:
     found = layers[name].result()
     assert_close(found["worst"] if name != "decode" else 0, found["whole"], 1e-10 if name == "float32" else WHOLE)

@@ -32,10 +32,11 @@ __all__ = ["GROUPED_EXPERTS", "DecodedExperts", "DecodedRun", "tell", "why_not",
 
 logger = logging.getLogger(__name__)
 
-#: Which experts run on the grouped Triton kernel: those of no other kernel ("needed"), those of layers that mix
-#: ("mixed"), or all but those of 16-bit layers ("all").
+#: Which experts run on the grouped Triton kernel, if it reads their formats: also those of layers that mix ("mixed", as
+#: long as nothing else is said: faster than a launch a format, see benchmarks/RESULTS.md), only those of no other
+#: kernel ("needed"), or all but those of 16-bit layers ("all").
 GROUPED_EXPERTS = "SGLANG_MIXED_GROUPED_EXPERTS"
-WISHES = ("needed", "mixed", "all")
+WISHES = ("mixed", "needed", "all")
 #: What static activations are scaled by; a kernel that does not quantize them has no use for it.
 STATIC = ("input_scale", "input_global_scale")
 
@@ -63,11 +64,13 @@ class DecodedExperts(Converted):
 
     def create_runner(self, config: Any, num_experts: int) -> None:
         """Note what SGLang's runner would do between the products and after them."""
-        self._activation = ("silu" if config.gemm1_alpha is None else "swiglu",)
+        self._activation = (config.activation,)
         if config.gemm1_alpha is not None:
             self._activation = ("swiglu", config.gemm1_alpha, config.gemm1_clamp_limit)
-        elif config.activation != "silu":
-            self._activation = (config.activation,)
+        elif config.gemm1_clamp_limit is not None:
+            self._activation = ("silu_limited", 1.0, config.gemm1_clamp_limit)
+        elif getattr(config, "swiglu_limit", None) is not None:
+            self._activation = ("limited_silu", 1.0, config.swiglu_limit)
         self._factor = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
 
     def prepare(self) -> None:

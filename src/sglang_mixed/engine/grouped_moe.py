@@ -159,12 +159,12 @@ def share_out(experts: Sequence[ExpertModules]) -> list[tuple[Kind, list[int]]]:
     wish = wishes()
     # SGLang's kernels of compressed formats add no biases.
     biased = any(module.bias for expert in experts for module in expert)
-    takes_all = biased or wish == "all" or (wish == "mixed" and len(groups) > 1)
+    is_wished = wish == "all" or (wish == "mixed" and len(groups) > 1)
     found: list[tuple[Kind, list[int]]] = []
     rest: list[int] = []
     for members in groups:
         alike = [experts[member] for member in members]
-        if takes_all or choose_kernel(alike) is None:
+        if biased or choose_kernel(alike) is None or (is_wished and is_decoded(alike)):
             check_decoded(alike)
             rest += members
         else:
@@ -178,6 +178,11 @@ def choose_kernel(experts: Sequence[ExpertModules]) -> ExpertKernel | None:
     formats = ExpertFormats(gate.format, down.format)
     alike = are_alike(gate.format, up.format)
     return next((kernel for kernel in KERNELS if alike and kernel.why_not(formats) is None), None)
+
+
+def is_decoded(experts: Sequence[ExpertModules]) -> bool:
+    """Whether our own kernel reads the formats of these experts, which are stored alike."""
+    return all(decoded.why_not(module.format) is None for module in experts[0])
 
 
 def check_decoded(experts: Sequence[ExpertModules]) -> None:
@@ -195,7 +200,7 @@ def check_decoded(experts: Sequence[ExpertModules]) -> None:
             rule="; ".join(dict.fromkeys(why + reasons)),
             remedy=REMEDY,
         )
-    tell(f"experts of {labels}", "; ".join(why) or "as wished or for their biases")
+    tell(f"experts of {labels}", "; ".join(why) or "one launch for all formats of a layer, and their biases")
 
 
 def check_experts(prefix: str, experts: Sequence[ExpertModules], num_experts: int, with_bias: bool) -> None:
@@ -215,10 +220,6 @@ def check_activation(prefix: str, groups: Sequence[ExpertGroup | DecodedExperts]
     needed = [key for key in ("no_combine", "apply_router_weight_on_input") if getattr(config, key, False)]
     marlin = any(isinstance(group, ExpertGroup) and group.kernel.backend.is_marlin() for group in groups)
     activations = ("silu",) if marlin else ("silu", "gelu")
-    if any(isinstance(group, DecodedExperts) for group in groups):
-        needed += [key for key in ("swiglu_limit",) if getattr(config, key, None)]
-        if config.gemm1_clamp_limit is not None and config.gemm1_alpha is None:
-            needed.append("gemm1_clamp_limit")
     if needed or not config.is_gated or config.activation not in activations:
         raise UnsupportedError(
             f"this model's experts need {', '.join(needed) or f'{config.activation} (gated: {config.is_gated})'}",

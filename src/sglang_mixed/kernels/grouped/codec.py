@@ -63,6 +63,12 @@ class Codec:
         return self.bits == 4 and self.step == LARGEST_STEP
 
     @property
+    def takes_registers(self) -> bool:
+        """Whether a product needs more at once than values, sums and one scale an output."""
+        has_groups_in_step = self.group < self.step
+        return bool(self.zero_bits) or self.kind == E2M1 or self.is_ordered or has_groups_in_step
+
+    @property
     def middle(self) -> int:
         """The code that weighs nothing where codes are symmetric."""
         return 1 << (self.bits - 1)

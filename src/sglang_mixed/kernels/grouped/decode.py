@@ -30,6 +30,8 @@ GROUPS = tl.constexpr(6)
 BIAS = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 
+#: Rows up to which a step's scales are loaded a step ahead: with more of them registers are scarce, and time is not.
+FEW_ROWS = tl.constexpr(16)
 #: 2**23 in float32, and its bits: the mantissa's lowest bits count ones.
 MAGIC = tl.constexpr(8388608)
 MAGIC_BITS = tl.constexpr(0x4B000000)
@@ -144,7 +146,8 @@ def _steps(
     """Sums over all columns, a step at a time, and those of the inputs; scaled where the weight has groups."""
     sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
     input_sums = tl.zeros(rows.shape, tl.float32)
-    if codec.group != ALL:
+    AHEAD: tl.constexpr = rows.shape[0] <= FEW_ROWS
+    if codec.group != ALL and AHEAD:
         scale = _scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
     for step in range(codec.width // codec.step):
         stored = step * codec.step + tl.arange(0, codec.step)
@@ -155,10 +158,13 @@ def _steps(
             if codec.zero_bits != 0:
                 input_sums += tl.sum(inputs.to(tl.float32), 1)
         else:
-            own = scale  # what the next step needs is on its way before this one's product
-            following = tl.minimum(step + 1, codec.width // codec.step - 1)
-            scale = _scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
+            if AHEAD:
+                own = scale  # what the next step needs is on its way before this one's product
+                following = tl.minimum(step + 1, codec.width // codec.step - 1)
+                scale = _scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
             product = tl.dot(inputs, values, input_precision="ieee")
+            if not AHEAD:
+                own = _scale(lines, _group(line, step, codec), weight_rows, is_output, codec)
             if codec.zero_bits != 0:
                 zero = _zero(lines, _group(line, step, codec), weight_rows, is_output, codec)
                 product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
@@ -185,7 +191,9 @@ def _slices(
     sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
     input_sums = tl.zeros(rows.shape, tl.float32)
     weight = _pointer(lines, WEIGHT, tl.int32)[:, None] + weight_rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
-    if codec.group != ALL and GROUPS == 1:
+    HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
+    AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
+    if codec.group != ALL and AHEAD:
         scale = _scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
     for step in range(codec.width // codec.step):
         words = tl.load(weight + step * (codec.rows * SLICE), is_output[:, None])
@@ -200,15 +208,18 @@ def _slices(
                     input_sums += tl.sum(inputs.to(tl.float32), 1)
             else:
                 group = _group(line, step, codec) + number
-                if GROUPS == 1:
+                if AHEAD:
                     own = scale  # what the next step needs is on its way before this one's product
                     following = tl.minimum(step + 1, codec.width // codec.step - 1)
                     scale = _scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
-                else:
-                    own = _scale(lines, group, weight_rows, is_output, codec)
-                product = tl.dot(inputs, values, input_precision="ieee")
                 if codec.zero_bits != 0:
                     zero = _zero(lines, group, weight_rows, is_output, codec)
+                    if not HAS_FEW_ROWS:  # differences of codes are exact in 16 bits
+                        values -= zero[None, :].to(DOT)
+                product = tl.dot(inputs, values, input_precision="ieee")
+                if not AHEAD:
+                    own = _scale(lines, group, weight_rows, is_output, codec)
+                if codec.zero_bits != 0 and HAS_FEW_ROWS:
                     product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
                 sums += product * own[None, :]
     return sums, input_sums

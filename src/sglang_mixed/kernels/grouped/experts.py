@@ -10,7 +10,7 @@ import torch
 import triton
 
 from . import passes
-from .launch import TILES, Tiles, dot_type
+from .launch import FEW_ROWS, Tiles, dot_type, tiles_for
 from .table import Weight, codecs_of, line, table
 
 #: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
@@ -30,7 +30,10 @@ class ExpertWeights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """`silu` and `gelu` times up; `swiglu` is GPT-OSS's, with its alpha and limit."""
+    """`silu` and `gelu` times up; `swiglu` is GPT-OSS's, with its alpha and limit.
+
+    `limited_silu` limits gate and up before SiLU, as DeepSeek-V4 does; `silu_limited` limits its result, and up.
+    """
 
     name: str = "silu"
     alpha: float = 1.0
@@ -55,7 +58,7 @@ class GroupedExperts:
         sides = (self.gate_up_codecs, self.gate_up_codecs, self.down_codecs)
         lines = [line(weight, side) for expert in experts for weight, side in zip(expert, sides, strict=True)]
         self._table = table(lines, experts[0].gate.tensors["weight"].device)
-        alone = torch.full((UNSORTED, TILES[0].rows), -1, dtype=torch.int32)
+        alone = torch.full((UNSORTED, FEW_ROWS.rows), -1, dtype=torch.int32)
         alone[:, 0] = torch.arange(UNSORTED)
         self._alone = alone.to(self._table.device)
         # Sorted columns meet x in an order of their own.
@@ -79,7 +82,7 @@ class GroupedExperts:
 
     def _run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
         top_k, number = ids.shape[1], len(self._experts)
-        tiles = TILES[ids.numel() > 16 * number]
+        tiles = tiles_for([*self.gate_up_codecs, *self.down_codecs], ids.numel() > 16 * number)
         pairs, experts = self._sort(ids, tiles.rows)
         blocks, common = len(experts), _options(tiles, self.has_bias, x)
         hidden = self.empty(ids.numel(), self.intermediate, like=x)

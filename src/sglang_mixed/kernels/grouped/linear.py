@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import passes
-from .launch import TILES, dot_type
+from .launch import dot_type, tiles_for
 from .table import Weight, line, table
 
 
@@ -23,7 +23,7 @@ class DecodedLinear:
         """x [..., in] -> [..., out] in x's dtype, rounded once; into `output` [rows, out] where that is given."""
         rows = x.reshape(-1, self._columns).contiguous()
         found = rows.new_empty(len(rows), self._outputs) if output is None else output
-        tiles = TILES[len(rows) > 32]
+        tiles = tiles_for([self._weight.codec], len(rows) > 32)
         grid = triton.cdiv(self._outputs, tiles.outputs), triton.cdiv(len(rows), tiles.rows)
         if len(rows):
             passes.linear[grid](

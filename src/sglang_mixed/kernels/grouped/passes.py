@@ -103,13 +103,20 @@ def gate_up(
     if HAS_BIAS:
         gate += bias(_each(line, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
         up += bias(_each(line + FIELDS, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
-    if ACTIVATION == "silu":
-        found = gate * tl.sigmoid(gate) * up
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         found = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    else:  # GPT-OSS's
+    elif ACTIVATION == "swiglu":  # GPT-OSS's
         gate = tl.minimum(gate, limit)
         found = gate * tl.sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
+    else:
+        if ACTIVATION == "limited_silu":
+            gate = tl.minimum(gate, limit)
+        gate *= tl.sigmoid(gate)
+        if ACTIVATION == "silu_limited":
+            gate = tl.minimum(gate, limit)
+        if ACTIVATION != "silu":
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+        found = gate * up
     place = output + own.to(tl.int64)[:, None] * INTERMEDIATE + outputs[None, :]
     tl.store(place, found.to(output.dtype.element_ty), is_pair[:, None] & is_output[None, :])
 
