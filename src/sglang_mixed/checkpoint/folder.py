@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import IndexFileError, MissingFileError
-from .header import Shard
 from .json_file import check_fields, read_object
 from .opening import is_own_file, readable
+from .shard import Shard
 
 INDEX = "model.safetensors.index.json"
 #: The one file of a checkpoint without an index; others beside it (adapters, copies) are not the model's.
@@ -118,7 +118,7 @@ def check_counts(
 
     That is all a checkpoint of 100,000 tensors can afford at once; whoever misses a tensor asks `check_names` why.
     """
-    if any(counts[shard.path.name] != len(shard.parts) for shard in shards):
+    if any(counts[shard.path.name] != len(shard) for shard in shards):
         check_names(folder, weight_map, shards)
 
 

@@ -35,7 +35,7 @@ def cover(
     planned: dict[str, PlannedModule] = {}
     missing: list[str] = []
     needless: list[str] = []
-    verdicts: dict[tuple[str, int, int, int, int], Verdict] = {}
+    verdicts: dict[tuple[str, int, int, int | None, int | None], Verdict] = {}
     kinds = {source: checkpoint.modules.kinds for source, checkpoint in checkpoints.items()}
     rules = {source: checkpoint.rule for source, checkpoint in checkpoints.items()}
     base_kinds, base_rule = kinds[reference], rules[reference]

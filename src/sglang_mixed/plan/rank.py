@@ -160,7 +160,7 @@ class RankPlan:
             for file, shard in enumerate(self.plan.checkpoints[source].shards):
                 found = [
                     Read(name, shard.entry(file, place), table[name])
-                    for place, name in enumerate(shard.names)
+                    for name, place in zip(shard.names, shard.places, strict=True)
                     if name in table
                 ]
                 if found:
