@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import IndexFileError, MissingFileError
+from ..formats.mix import KEY, METHOD
 from .json_file import check_fields, read_object
 from .opening import is_own_file, readable
 from .shard import Shard
@@ -48,7 +49,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantizer's config, wherever its tool puts it; empty for a checkpoint that is not quantized."""
+    """The quantizer's config, wherever its tool puts it; empty for a checkpoint that is not quantized.
+
+    What an exported mix says of itself comes before what it says to other tools.
+    """
+    mix = config.get(KEY)
+    if isinstance(mix, Mapping) and mix.get("quant_method") == METHOD:
+        return dict(mix)
     for section in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(section, Mapping) and isinstance(section.get(key), Mapping):
