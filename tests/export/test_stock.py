@@ -118,6 +118,7 @@ def test_what_other_tools_are_told_is_the_same_model(tmp_path: Path, other: str,
 def test_a_name_that_the_source_leaves_in_16_bits_too_is_not_repeated(tmp_path: Path) -> None:
     folder = exported(tmp_path, "float", 4, {"**.*_proj": "other"})
     assert config_of(folder)["quantization_config"] == eight_bits("float")
+    assert "its compressed-tensors config" in (folder / "README.md").read_text()
 
 
 OTHERS = {
@@ -136,6 +137,7 @@ def test_a_mix_that_no_other_tool_can_read_says_so(tmp_path: Path, name: str) ->
     export(make_plan(write_map(tmp_path, parts, **sources)), tmp_path / "out", SHARD)
     config = config_of(tmp_path / "out")
     assert config["quantization_config"]["quant_method"] == METHOD and KEY not in config
+    assert "Tools that know of no mixes" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_export_of_an_export_is_read_by_other_tools_too(tmp_path: Path) -> None:

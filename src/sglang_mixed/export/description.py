@@ -104,6 +104,10 @@ def model_card(plan: Plan, title: str) -> str:
         for row in plan.rows()
     ]
     lines += ["", f"Plan: `{plan.fingerprint}`. `sha256sum -c SHA256SUMS` verifies the weights.", ""]
+    stock = stock_config(plan, _parts(plan).values())
+    if stock is not None:
+        method = f"its {stock['quant_method']} config" if stock else "no quantization"
+        lines += [f"Tools that know of no mixes find {method} in config.json, and read the same weights.", ""]
     lines += ["```bash", "pip install sglang-mixed   # beside SGLang", "sglang serve --model-path FOLDER", "```", ""]
     return "\n".join(lines)
 
