@@ -267,6 +267,8 @@ def _select(part: Part, tables: Iterable[Mapping[str, T]]) -> list[T]:
     if not part.globs and len(part.words) == 1:
         (word,) = part.words
         return [table[word] for table in tables if word in table]
+    if "*" in part.globs:
+        return [value for table in tables for value in table.values()]
     verdicts: dict[str, bool] = {}
     found = []
     for table in tables:
