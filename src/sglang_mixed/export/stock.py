@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..checkpoint import Checkpoint
 from ..plan import Plan, PlannedModule
 from ..plan.families import expert_of
 from ..plan.fused import running_together
@@ -29,7 +30,9 @@ def stock_config(plan: Plan, parts: Iterable[Part]) -> dict[str, Any] | None:
     if any(other != config for other in quantized):
         return None
     plain = [one.name for one in plan.modules.values() if not _is_quantized(one) and len(one.format.shape) == 2]
-    left = [name for name in plain if not _is_plain_there(plan, config, name)]
+    # What a source of this config holds in 16 bits as well, the config need not be told.
+    sources = [one for one in plan.checkpoints.values() if _of_tool(one.quantization) == config]
+    left = [name for name in plain if not any(_holds_plain(one, name) for one in sources)]
     if not left:
         return config
     write = _WRITERS.get(str(config.get("quant_method")))
@@ -47,6 +50,10 @@ def _is_quantized(module: PlannedModule) -> bool:
     return module.format.name != "plain"
 
 
+def _holds_plain(checkpoint: Checkpoint, module: str) -> bool:
+    return module in checkpoint.modules and checkpoint.format(module).name == "plain"
+
+
 def _runs_alike(plan: Plan) -> bool:
     """Whether every matrix that engines make of several, and each layer's experts, are quantized as a whole or not."""
     verdicts: dict[object, bool] = {}
@@ -56,14 +63,6 @@ def _runs_alike(plan: Plan) -> bool:
         if whole and verdicts.setdefault(whole, _is_quantized(module)) != _is_quantized(module):
             return False
     return True
-
-
-def _is_plain_there(plan: Plan, config: Config, module: str) -> bool:
-    """Whether a source of this config holds the module in 16 bits, so that the config need not be told."""
-    sources = [
-        one for one in plan.checkpoints.values() if module in one.modules and _of_tool(one.quantization) == config
-    ]
-    return any(one.format(module).name == "plain" for one in sources)
 
 
 def _names_more(plan: Plan, plain: Iterable[str]) -> bool:
