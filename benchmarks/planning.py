@@ -97,27 +97,42 @@ def tensors(kind: str) -> Iterator[Tensor]:
     yield "lm_head.weight", "BF16", [VOCABULARY, HIDDEN]
 
 
-def headers(kind: str) -> Iterator[tuple[dict[str, object], int]]:
+def headers(kind: str, library_order: bool) -> Iterator[tuple[dict[str, object], int]]:
     """Header and data bytes of each shard."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    shard: list[Tensor] = []
     place = 0
-    for name, dtype, shape in tensors(kind):
-        size = math.prod(shape) * ITEM_BYTES[dtype]
-        if place and place + size > SHARD_BYTES:
-            yield header, place
-            header, place = {"__metadata__": {"format": "pt"}}, 0
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
-        place += size
-    yield header, place
+    for tensor in tensors(kind):
+        if place and place + nbytes(tensor) > SHARD_BYTES:
+            yield header(shard, library_order)
+            shard, place = [], 0
+        shard.append(tensor)
+        place += nbytes(tensor)
+    yield header(shard, library_order)
 
 
-def write_checkpoint(folder: Path, kind: str) -> int:
+def nbytes(tensor: Tensor) -> int:
+    _, dtype, shape = tensor
+    return math.prod(shape) * ITEM_BYTES[dtype]
+
+
+def header(shard: list[Tensor], library_order: bool) -> tuple[dict[str, object], int]:
+    """The library puts tensors of larger values first, so that a module's are no longer neighbours."""
+    found: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for tensor in sorted(shard, key=lambda one: (-ITEM_BYTES[one[1]], one[1], one[0])) if library_order else shard:
+        name, dtype, shape = tensor
+        found[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + nbytes(tensor)]}
+        place += nbytes(tensor)
+    return found, place
+
+
+def write_checkpoint(folder: Path, kind: str, library_order: bool = False) -> int:
     """A sparse checkpoint; the number of its tensors."""
     folder.mkdir(parents=True)
     quantization = QUANTIZATION[kind]
     config = CONFIG if quantization is None else {**CONFIG, "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
-    shards = list(headers(kind))
+    shards = list(headers(kind, library_order))
     weight_map = {}
     for number, (header, data_bytes) in enumerate(shards, 1):
         file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -146,12 +161,13 @@ def on_checkpoints(measure: Callable[[Path, int, int], int], description: str | 
     """Write the checkpoints and the map to a folder, and measure there: (folder, number of tensors, repeats)."""
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--repeats", type=int, default=7)
-    repeats = arguments.parse_args().repeats
+    arguments.add_argument("--library-order", action="store_true", help="tensors by the size of their values, not name")
+    given = arguments.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="real-size-"))
     try:
-        count = sum(write_checkpoint(folder / kind, kind) for kind in QUANTIZATION)
+        count = sum(write_checkpoint(folder / kind, kind, given.library_order) for kind in QUANTIZATION)
         (folder / "map.yaml").write_text(MAP)
-        return measure(folder, count, repeats)
+        return measure(folder, count, given.repeats)
     finally:
         shutil.rmtree(folder)
 

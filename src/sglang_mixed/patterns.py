@@ -174,9 +174,11 @@ class NameTree:
         self._locals_of = locals_of
         self._root = _Node()
         self._nodes = {"": self._root}
+        before, node = "", self._root
         for module in modules:
             parent, _, name = module.rpartition(".")
-            node = self._nodes.get(parent) or self._add(parent)
+            if parent != before:  # neighbours mostly share theirs
+                before, node = parent, self._nodes.get(parent) or self._add(parent)
             node.modules[name] = module
 
     def _add(self, prefix: str) -> _Node:
@@ -203,13 +205,13 @@ class NameTree:
 
     def match(self, pattern: Pattern) -> list[str]:
         """The modules whose own name, or whose name with one of its local names, the pattern matches."""
-        found: dict[str, None] = {}
+        found: list[str] = []
         for path in pattern.paths:
-            found.update(dict.fromkeys(self._ending_at(path)))
-            found.update(dict.fromkeys(self._named_by_weight(path)))
+            found += self._ending_at(path)
+            found += self._named_by_weight(path)
             if len(shorter := _without_trailing_any(path)) < len(path):
-                found.update(dict.fromkeys(self._named_by_weight(shorter)))
-        return list(found)
+                found += self._named_by_weight(shorter)
+        return list(dict.fromkeys(found))
 
     def _named_by_weight(self, path: tuple[Part, ...]) -> list[str]:
         """Modules whose name is matched by all but the last part of `path`, and a local name by that."""
@@ -265,6 +267,8 @@ def _select(part: Part, tables: Iterable[Mapping[str, T]]) -> list[T]:
     if not part.globs and len(part.words) == 1:
         (word,) = part.words
         return [table[word] for table in tables if word in table]
+    if "*" in part.globs:
+        return [value for table in tables for value in table.values()]
     verdicts: dict[str, bool] = {}
     found = []
     for table in tables:

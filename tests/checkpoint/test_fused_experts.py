@@ -59,7 +59,9 @@ def write(folder: Path, model_type: str, fused: Tensors, **changes: Any) -> Path
 def reads(checkpoint: Checkpoint, *names: str) -> Iterator[FileRead]:
     """What is read of these tensors (of all)."""
     (shard,) = checkpoint.shards
-    wanted = [(place, name) for place, name in enumerate(shard.names) if not names or name in names]
+    wanted = [
+        (place, name) for place, name in zip(shard.places, shard.names, strict=True) if not names or name in names
+    ]
     yield "source", shard.path, [Read(name, shard.entry(0, place)) for place, name in wanted]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint.header import MAX_HEADER_BYTES, read_header
 from sglang_mixed.checkpoint.modules import Modules
+from sglang_mixed.checkpoint.shard import Entry, Shard
 from sglang_mixed.errors import CheckpointError, HeaderError, MissingFileError, TruncatedFileError
 
 
@@ -35,7 +37,29 @@ def compact(header: object) -> object:
     )
 
 
+def places(shard: Shard) -> dict[str, Entry]:
+    """Every tensor's dtype, shape and place in the data, in the order of the file."""
+    entries = (shard.entry(0, place) for place in shard.places)
+    return {
+        name: one._replace(begin=one.begin - shard.data_begin, end=one.end - shard.data_begin)
+        for name, one in zip(shard.names, entries, strict=True)
+    }
+
+
+def as_json(shard: Shard) -> dict[str, Any]:
+    """What the header says, but for metadata."""
+    return {name: entry(one.begin, one.end, list(one.shape), one.dtype) for name, one in places(shard).items()}
+
+
 GOOD = {"a": entry(0, 8, [2]), "b": entry(8, 24, [2, 2])}
+#: What follows what in the first module is expected in the next ones, of which the last goes another way.
+REPEATED = {
+    **{f"m.{module}.a": entry(6 * module, 6 * module + 2, [2], "U8") for module in range(3)},
+    **{f"m.{module}.b": entry(6 * module + 2, 6 * module + 6, [2, 2], "U8") for module in range(3)},
+    "m.3.a": entry(18, 20, [2], "U8"),
+    "m.3.c": entry(20, 24, [4], "U8"),
+}
+REPEATED = dict(sorted(REPEATED.items()))
 
 
 @pytest.mark.parametrize(
@@ -50,19 +74,16 @@ GOOD = {"a": entry(0, 8, [2]), "b": entry(8, 24, [2, 2])}
         {"scalar": entry(0, 4, []), "b": entry(4, 24, [5])},
         {"dotted.name.a": GOOD["a"], "dotted.name.b": GOOD["b"]},
         {"trailing.": GOOD["a"], "b": GOOD["b"]},
+        REPEATED,
         {"größe": GOOD["a"], "b]": GOOD["b"]},
     ],
 )
 def test_what_the_format_allows_is_read(tmp_path: Path, header: dict[str, Any]) -> None:
     spaced = read_header(write(tmp_path / "x.safetensors", header))
     shard = read_header(write(tmp_path / "x.safetensors", compact(header)))
-    assert (spaced.names, spaced.parts, spaced.ends) == (shard.names, shard.parts, shard.ends)
+    assert list(places(spaced).items()) == list(places(shard).items())
     expected = {name: value for name, value in header.items() if name != "__metadata__"}
-    assert set(shard.names) == set(expected)
-    for name, value in expected.items():
-        found = shard.entry(0, shard.names.index(name))
-        assert [found.begin - shard.data_begin, found.end - shard.data_begin] == value["data_offsets"]
-        assert (found.dtype, list(found.shape)) == (value["dtype"], value["shape"])
+    assert as_json(shard) == expected
 
 
 def test_padding_and_the_librarys_own_files(tmp_path: Path) -> None:
@@ -71,9 +92,9 @@ def test_padding_and_the_librarys_own_files(tmp_path: Path) -> None:
     tensors = {"w": torch.ones(3, 5), "n": torch.ones(7, dtype=torch.bfloat16), "e": torch.empty(0, 3)}
     save_file(tensors, tmp_path / "y.safetensors", metadata={"format": "pt"})
     shard = read_header(tmp_path / "y.safetensors")
-    assert {
-        name: tuple(info.shape) for name, info in zip(shard.names, (part.info for part in shard.parts), strict=True)
-    } == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert {name: one.shape for name, one in places(shard).items()} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
 
 
 HUGE = 1 << 70
@@ -187,7 +208,8 @@ def test_a_git_lfs_pointer_and_a_missing_file(tmp_path: Path) -> None:
 def test_a_flipped_byte_is_an_error_of_ours_or_changes_nothing_that_matters(data: st.DataObject) -> None:
     import tempfile
 
-    header = data.draw(st.sampled_from([GOOD, {"__metadata__": {"format": "pt"}, "m.a": GOOD["a"], "m.b": GOOD["b"]}]))
+    headers = [GOOD, {"__metadata__": {"format": "pt"}, "m.a": GOOD["a"], "m.b": GOOD["b"]}, REPEATED]
+    header = data.draw(st.sampled_from(headers))
     raw = bytearray(json.dumps(header, separators=data.draw(st.sampled_from([(",", ":"), None]))).encode())
     raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with tempfile.TemporaryDirectory() as folder:
@@ -197,9 +219,21 @@ def test_a_flipped_byte_is_an_error_of_ours_or_changes_nothing_that_matters(data
             Modules([shard])
         except CheckpointError:
             return
-        assert shard.ends == [8, 24]
         # What we accept, a JSON parser reads alike.
-        parsed = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
-        assert {name: value["data_offsets"] for name, value in parsed.items()} == dict(
-            zip(shard.names, ([0, 8], [8, 24]), strict=True)
-        )
+        assert as_json(shard) == {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_a_module_of_many_tensors_takes_memory_in_proportion(tmp_path: Path, neighbours: bool) -> None:
+    def peak(count: int) -> int:
+        names = [name for number in range(count) for name in (f"m.{number}x", f"other{number}.w")]
+        header = {name: entry(0, 0, [0]) for name in (sorted(names) if neighbours else names)}
+        file = write(tmp_path / "x.safetensors", compact(header), 0)
+        tracemalloc.start()
+        try:
+            assert len(Modules([read_header(file)])["m"]) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(8000) < 6 * peak(2000)

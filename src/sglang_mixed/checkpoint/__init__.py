@@ -1,9 +1,9 @@
 """One checkpoint folder: headers first, weights on demand."""
 
-from .checkpoint import Checkpoint, changed, join, open_checkpoint
-from .header import Entry
+from .checkpoint import Checkpoint, changed, open_checkpoint
 from .opening import opened
 from .reading import Ranges, Read, read_entries, read_entry, read_into
+from .shard import Entry, join
 
 __all__ = [
     "Checkpoint",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,16 @@ from .folder import (
     shard_paths,
 )
 from .fused_experts import slice_experts
-from .header import Entry, read_header
+from .header import read_header
 from .modules import Modules, Tensors
 from .opening import opened, readable
 from .pause import collector_paused
 from .reading import Read, read_entry
+from .shard import Entry, join
+from .step import Step
+
+#: Where nothing is said of single modules.
+_NO_RULES: Mapping[str, int] = {}
 
 
 class Checkpoint:
@@ -47,7 +52,8 @@ class Checkpoint:
         #: File -> where something was last found in it: what is asked for next mostly stands behind it.
         self._found: dict[int, int] = {}
         self._numbers = {file.name: number for number, file in enumerate(self.files)}
-        self._headers = self.shards = [read_header(file) for file in self.files]
+        first = Step()
+        self._headers = self.shards = [read_header(file, first) for file in self.files]
         if self._index is None:
             self._check_collisions()
         else:
@@ -57,8 +63,9 @@ class Checkpoint:
             self.shards, self.modules = sliced, Modules(sliced)
         try:
             self._detect = Detector(self.quantization, self.modules)
-            #: Module -> a number that is equal for modules of which `quantization` says the same.
-            self.rule = self._detect.rules.index if len(self._detect.rules.configs) > 1 else _same_rule
+            rules = self._detect.rules
+            #: Module -> a number (or None) that is equal for modules of which `quantization` says the same.
+            self.rule: Callable[[str], int | None] = rules.index if len(rules.configs) > 1 else _NO_RULES.get
         except FormatError as error:
             error.file = str(path / "config.json")
             raise
@@ -121,10 +128,10 @@ class Checkpoint:
         """One tensor's entry, for few of many: `entries` first makes a table of all names."""
         file = (self._index or {}).get(join(module, local))
         for number in range(len(self.files)) if file is None else (self._numbers[file],):
-            position = self.shards[number].find(module, local, self._found.get(number, 0))
-            if position is not None:
-                self._found[number] = position
-                return self.shards[number].entry(number, position)
+            place = self.shards[number].find(module, local, self._found.get(number, 0))
+            if place is not None:
+                self._found[number] = place[0]
+                return self.shards[number].entry(number, place)
         self.check_index()
         raise self._missing(join(module, local), self.modules)
 
@@ -187,8 +194,3 @@ def changed(file: Path) -> ChangedFileError:
 
 def _same_rule(_: str) -> int:
     return 0
-
-
-def join(module: str, local: str) -> str:
-    """The tensor name of a module's local name."""
-    return f"{module}.{local}" if module else local

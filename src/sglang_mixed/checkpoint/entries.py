@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .header import Entry, Shard
+from .shard import Entry, Shard
 
 
 class Entries(Mapping[str, Entry]):
@@ -13,12 +13,14 @@ class Entries(Mapping[str, Entry]):
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         self._places = {
-            name: (file, position) for file, shard in enumerate(shards) for position, name in enumerate(shard.names)
+            name: (file, place)
+            for file, shard in enumerate(shards)
+            for name, place in zip(shard.names, shard.places, strict=True)
         }
 
     def __getitem__(self, name: str) -> Entry:
-        file, position = self._places[name]
-        return self._shards[file].entry(file, position)
+        file, place = self._places[name]
+        return self._shards[file].entry(file, place)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

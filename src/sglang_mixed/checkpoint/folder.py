@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import IndexFileError, MissingFileError
-from .header import Shard
+from ..formats.mix import KEY, METHOD
 from .json_file import check_fields, read_object
 from .opening import is_own_file, readable
+from .shard import Shard
 
 INDEX = "model.safetensors.index.json"
 #: The one file of a checkpoint without an index; others beside it (adapters, copies) are not the model's.
@@ -48,7 +49,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantizer's config, wherever its tool puts it; empty for a checkpoint that is not quantized."""
+    """The quantizer's config, wherever its tool puts it; empty for a checkpoint that is not quantized.
+
+    What an exported mix says of itself comes before what it says to other tools.
+    """
+    mix = config.get(KEY)
+    if isinstance(mix, Mapping) and mix.get("quant_method") == METHOD:
+        return dict(mix)
     for section in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(section, Mapping) and isinstance(section.get(key), Mapping):
@@ -118,7 +125,7 @@ def check_counts(
 
     That is all a checkpoint of 100,000 tensors can afford at once; whoever misses a tensor asks `check_names` why.
     """
-    if any(counts[shard.path.name] != len(shard.parts) for shard in shards):
+    if any(counts[shard.path.name] != len(shard) for shard in shards):
         check_names(folder, weight_map, shards)
 
 

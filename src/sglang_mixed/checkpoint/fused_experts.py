@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ..errors import InconsistentFormatError
 from ..formats import TensorInfo
 from ..formats.base import FLOAT_DTYPES, Shape
-from .header import Entry, Part, Shard, View, make_part
 from .modules import Modules
+from .shard import Entry, Part, Parts, Place, Shard, View
 
 #: Local name of a fused tensor -> the projections whose rows it holds.
 PROJECTIONS: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -82,19 +82,20 @@ class Slice(NamedTuple):
 class SlicedShard(Shard):
     """One file's tensors, experts' parts in the place of fused ones.
 
-    `places` gives of each the position in `stored`, and which slice of that tensor it is; None for one that is whole.
+    `origins` gives for each run the place in `stored` of its first tensor, and which slice of that one its only tensor
+    is; None for a run that stands there alike.
     """
 
     stored: Shard
-    places: list[tuple[int, Slice | None]]
+    origins: list[tuple[Place, Slice | None]]
 
-    def entry(self, file: int, position: int) -> Entry:
-        """The entry of the tensor or part at `position`; `file` is the shard's own index."""
-        place, wanted = self.places[position]
-        entry = self.stored.entry(file, place)
+    def entry(self, file: int, place: Place) -> Entry:
+        """The entry of the tensor or part there; `file` is the shard's own index."""
+        run, number = place
+        origin, wanted = self.origins[run]
         if wanted is None:
-            return entry
-        return wanted.entry(self.stored.names[place], entry, self.parts[position].info.shape)
+            return self.stored.entry(file, (origin[0], number))
+        return wanted.entry(self.stored.name(origin), self.stored.entry(file, origin), self.parts[run][0].info.shape)
 
 
 def slice_experts(config: Mapping[str, Any], shards: Sequence[Shard], modules: Modules) -> list[Shard] | None:
@@ -111,7 +112,7 @@ def slice_experts(config: Mapping[str, Any], shards: Sequence[Shard], modules: M
     stored = stored_tensors(layout, described)
     known = {kind for kind in fused if modules.tensors_of_kinds[kind].keys() <= stored.keys()}
     owners = {name for name, kind in modules.kinds.items() if kind in known and name.endswith(".experts")}
-    alike: dict[Part, Part] = {}
+    alike: dict[Parts, Parts] = {}
     return [_slice(shard, owners, stored, layout.interleaved, alike) for shard in shards] if owners else None
 
 
@@ -136,25 +137,25 @@ _NAMES = frozenset(name + suffix for name in PROJECTIONS for suffix in ("", "_bl
 
 
 def _slice(
-    shard: Shard, owners: set[str], stored: Mapping[str, Stored], interleaved: bool, alike: dict[Part, Part]
+    shard: Shard, owners: set[str], stored: Mapping[str, Stored], interleaved: bool, alike: dict[Parts, Parts]
 ) -> Shard:
-    modules: list[str] = []
-    parts: list[Part] = []
-    places: list[tuple[int, Slice | None]] = []
-    for position, (module, part) in enumerate(zip(shard.modules, shard.parts, strict=True)):
+    runs: list[tuple[str, Parts, int]] = []
+    origins: list[tuple[Place, Slice | None]] = []
+    for run, (module, parts) in enumerate(zip(shard.modules, shard.parts, strict=True)):
+        begin = shard.begins[run]
         if module not in owners:
-            modules.append(module)
-            parts.append(part)
-            places.append((position, None))
+            runs.append((module, parts, begin))
+            origins.append(((run, 0), None))
             continue
-        tensor = stored[part.local]
-        _check(shard, module, part, tensor)
-        for projection, wanted, shape in _slices(part, tensor, interleaved):
-            own = make_part(tensor.local, part.info.dtype, shape)
-            modules.append(f"{module}.{wanted.expert}.{projection}")
-            parts.append(alike.setdefault(own, own))
-            places.append((position, wanted))
-    return SlicedShard(shard.path, modules, parts, shard.ends, shard.data_begin, shard.stamp, shard, places)
+        for number, part in enumerate(parts):
+            tensor = stored[part.local]
+            _check(shard, module, part, tensor)
+            for projection, wanted, shape in _slices(part, tensor, interleaved):
+                own = (Part.of(tensor.local, TensorInfo(part.info.dtype, shape)),)
+                runs.append((f"{module}.{wanted.expert}.{projection}", alike.setdefault(own, own), begin))
+                origins.append(((run, number), wanted))
+    modules, parts_of_runs, begins = (list(column) for column in zip(*runs, strict=True)) if runs else ([], [], [])
+    return SlicedShard(shard.path, modules, parts_of_runs, begins, shard.data_begin, shard.stamp, shard, origins)
 
 
 def _slices(part: Part, tensor: Stored, interleaved: bool) -> Iterator[tuple[str, Slice, Shape]]:

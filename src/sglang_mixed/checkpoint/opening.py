@@ -16,10 +16,15 @@ def readable(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise MissingFileError(
-            f"cannot read the file: {reason}", file=file, remedy="check the path, its permissions and the disk"
-        ) from error
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: Path, error: OSError) -> MissingFileError:
+    """The error for what the operating system refused."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return MissingFileError(
+        f"cannot read the file: {reason}", file=file, remedy="check the path, its permissions and the disk"
+    )
 
 
 @contextmanager

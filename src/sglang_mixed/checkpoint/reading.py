@@ -13,8 +13,8 @@ import torch
 
 from ..errors import TruncatedFileError
 from ..formats.base import ITEM_BYTES, TORCH_DTYPES
-from .header import Entry
-from .opening import readable
+from .opening import unreadable
+from .shard import Entry
 
 MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 #: Of each dimension of a tensor, [begin, end).
@@ -131,8 +131,10 @@ def read_into(descriptor: int, path: Path, name: str, position: int, buffers: Se
     first = 0
     while first < len(left):
         # Linux moves at most 2 GiB a call.
-        with readable(path):
+        try:
             count = os.preadv(descriptor, left[first : first + MAX_BUFFERS], position)
+        except OSError as error:
+            raise unreadable(path, error) from error
         if not count and len(left[first]):
             raise TruncatedFileError(
                 f"the file ends at byte {position}, inside a tensor",

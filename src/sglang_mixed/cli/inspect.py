@@ -33,25 +33,25 @@ _SUMMARY = (
 )
 
 
+@collector_paused()
 def describe(text: str) -> dict[str, Any]:
     """Everything the tables show of one checkpoint (a folder or a cached hub name), as JSON values; bytes are exact."""
-    with collector_paused():
-        checkpoint = open_checkpoint(locate(text, Path.cwd()))
-        kinds = inspection.kinds(checkpoint)
-        rows = inspection.rows(kinds)
-        return {
-            "path": str(checkpoint.path),
-            "model": _model(checkpoint.config),
-            "quantization": quantization(checkpoint),
-            "modules": len(checkpoint.modules),
-            "tensors": sum(len(kind.tensors) * len(kind.names) for kind in kinds),
-            "files": len(checkpoint.files),
-            "parameters": sum(row.parameters for row in rows if row.is_loaded),
-            "file_bytes": sum(row.file_bytes for row in rows),
-            "resident_bytes": sum(row.resident_bytes for row in rows),
-            "rows": [asdict(row) for row in rows],
-            "oddities": oddities(checkpoint, kinds),
-        }
+    checkpoint = open_checkpoint(locate(text, Path.cwd()))
+    kinds = inspection.kinds(checkpoint)
+    rows = inspection.rows(kinds)
+    return {
+        "path": str(checkpoint.path),
+        "model": _model(checkpoint.config),
+        "quantization": quantization(checkpoint),
+        "modules": len(checkpoint.modules),
+        "tensors": sum(len(kind.tensors) * len(kind.names) for kind in kinds),
+        "files": len(checkpoint.files),
+        "parameters": sum(row.parameters for row in rows if row.is_loaded),
+        "file_bytes": sum(row.file_bytes for row in rows),
+        "resident_bytes": sum(row.resident_bytes for row in rows),
+        "rows": [asdict(row) for row in rows],
+        "oddities": oddities(checkpoint, kinds),
+    }
 
 
 def describe_all(paths: Iterable[str]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from ..plan.kv_cache import cache_item_bytes, default_mem_fraction, kv_cache
 from .check import human
 
 
+@collector_paused()
 def describe(
     map_path: Path,
     model_path: str | None = None,
@@ -30,12 +31,11 @@ def describe(
     allow_different_base: bool = False,
 ) -> dict[str, Any]:
     """Everything the tables show, as JSON values; `gpu_memory` in GiB. Bytes of weights and reads are exact."""
-    with collector_paused():
-        plan = make_plan(map_path, base=model_path, allow_different_base=allow_different_base)
-        ranks = []
-        for number in range(tp):
-            rank = plan.rank(Rank(tp, ep, number))
-            ranks.append({"number": number, **rank_memory(rank), "read_bytes": rank.read_bytes})
+    plan = make_plan(map_path, base=model_path, allow_different_base=allow_different_base)
+    ranks = []
+    for number in range(tp):
+        rank = plan.rank(Rank(tp, ep, number))
+        ranks.append({"number": number, **rank_memory(rank), "read_bytes": rank.read_bytes})
     fullest = max(ranks, key=lambda rank: int(rank["weight_bytes"]))
     capacity = int(gpu_memory * 2**30)
     is_latent = bool(text_config(plan.checkpoints[plan.base].config).get("kv_lora_rank"))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..formats.mix import mix_config
+from ..formats.mix import KEY, mix_config
 from ..plan import Plan, PlannedModule
 from ..plan.fold import by_template, fold
+from .stock import stock_config
 
 #: Where a config may say how its own checkpoint is quantized.
-_QUANTIZATION = ("quantization_config", "compression_config")
+_QUANTIZATION = ("quantization_config", "compression_config", KEY)
 #: Lines of a model card's front matter that are carried over.
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\r?$", re.DOTALL | re.MULTILINE)
@@ -21,16 +22,26 @@ _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)")
 
 
 def exported_config(plan: Plan) -> dict[str, Any]:
-    """config.json: the base's, and of every source its own quantization config and which modules are of it."""
+    """config.json: the base's, and of every source its own quantization config and which modules are of it.
+
+    That is the `quantization_config`, unless other tools can read the mix: they get one that they know, and it stands
+    under a key of its own beside that.
+    """
     config = _unquantized(plan.checkpoints[plan.base].config)
     if isinstance(config.get("text_config"), Mapping):
         config["text_config"] = _unquantized(config["text_config"])
     known = by_template(plan.modules)
-    described = {
-        name: (fold((module.name for module in modules), known), quantization)
-        for name, (quantization, modules) in _parts(plan).items()
-    }
-    return {**config, "quantization_config": mix_config(described)}
+    parts = _parts(plan)
+    described = mix_config(
+        {
+            name: (fold((module.name for module in modules), known), quantization)
+            for name, (quantization, modules) in parts.items()
+        }
+    )
+    stock = stock_config(plan, parts.values())
+    if stock is None:
+        return {**config, "quantization_config": described}
+    return {**config, **({"quantization_config": stock} if stock else {}), KEY: described}
 
 
 def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +104,10 @@ def model_card(plan: Plan, title: str) -> str:
         for row in plan.rows()
     ]
     lines += ["", f"Plan: `{plan.fingerprint}`. `sha256sum -c SHA256SUMS` verifies the weights.", ""]
+    stock = stock_config(plan, _parts(plan).values())
+    if stock is not None:
+        method = f"its {stock['quant_method']} config" if stock else "no quantization"
+        lines += [f"Tools that know of no mixes find {method} in config.json, and read the same weights.", ""]
     lines += ["```bash", "pip install sglang-mixed   # beside SGLang", "sglang serve --model-path FOLDER", "```", ""]
     return "\n".join(lines)
 

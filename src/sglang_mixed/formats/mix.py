@@ -5,7 +5,8 @@
 
 `modules` are names or patterns as in a map, every module in one source's list; a source that is not quantized has an
 empty config. A config may say one thing more than its tool's: `zero_offset`, where that leaves open how zero points
-are stored.
+are stored. Where other tools can read the mix, all this stands in config.json under the key `mixed_precision`, and
+`quantization_config` is as they know it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from ..patterns import NameTree, parse_pattern
 from .rules import Config, Rules
 
 METHOD = "mixed_precision"
+#: Of config.json, where `quantization_config` is other tools'.
+KEY = "mixed_precision"
 VERSION = 1
 
 

@@ -20,10 +20,10 @@ def split_notices(modules: Mapping[str, PlannedModule]) -> list[str]:
     """What it costs that parts of one matrix, or experts of one layer, are stored differently; told once each."""
     firsts: dict[Group, ModuleFormat] = {}
     others: dict[Group, dict[int, ModuleFormat]] = {}
-    for module in modules.values():
-        group = running_together(module.name)
-        if group is not None and firsts.setdefault(group, module.format) is not module.format:
-            others.setdefault(group, {})[id(module.format)] = module.format
+    for name, _, module_format, _, _ in modules.values():
+        group = running_together(name)
+        if group is not None and firsts.setdefault(group, module_format) is not module_format:
+            others.setdefault(group, {})[id(module_format)] = module_format
     linears: dict[str, int] = {}
     layers: dict[str, int] = {}
     for group, found in others.items():

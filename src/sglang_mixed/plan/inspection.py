@@ -84,7 +84,7 @@ class InspectedRow:
 def kinds(checkpoint: Checkpoint) -> list[Kind]:
     """All modules, grouped; each group's format is detected once."""
     aside = never_loaded(checkpoint.modules, checkpoint.config)
-    groups: dict[tuple[int, int, bool, bool], list[str]] = {}
+    groups: dict[tuple[int, int | None, bool, bool], list[str]] = {}
     for name, kind in checkpoint.modules.kinds.items():
         key = kind, checkpoint.rule(name), name not in aside, ".experts." in name
         groups.setdefault(key, []).append(name)

@@ -40,7 +40,8 @@ def _make(described: MixedPrecisionMap, base: Path | None) -> Plan:
     reference = source_at(described, base) or default
     opened = {reference: open_checkpoint(described.sources[reference])}
     assignment = assign(described, default, opened[reference])
-    used = [name for name in described.sources if name in assignment.used or name == reference]
+    giving = assignment.used
+    used = [name for name in described.sources if name in giving or name == reference]
     checkpoints = {name: opened.get(name) or open_checkpoint(described.sources[name]) for name in used}
     if not described.allow_different_base:
         configs = {one.path: one.config for one in checkpoints.values()}

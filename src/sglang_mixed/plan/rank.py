@@ -160,7 +160,7 @@ class RankPlan:
             for file, shard in enumerate(self.plan.checkpoints[source].shards):
                 found = [
                     Read(name, shard.entry(file, place), table[name])
-                    for place, name in enumerate(shard.names)
+                    for name, place in zip(shard.names, shard.places, strict=True)
                     if name in table
                 ]
                 if found:
@@ -168,14 +168,14 @@ class RankPlan:
 
     def _group(self) -> list[Group]:
         groups: dict[tuple[str, int, str | None, bool], Group] = {}
-        #: Parent -> whether it is an expert of this rank; None for another rank's expert.
-        places: dict[str, bool | None] = {}
+        before: str | None = None
+        #: Whether the parent is an expert of this rank; None for another rank's expert.
+        is_expert: bool | None = False
         for name, _, module_format, _, bias in self.plan.modules.values():
             parent, _, last = name.rpartition(".")
-            if parent not in places:
-                expert = expert_of(parent)
-                places[parent] = False if expert is None else True if expert[1] in self._experts else None
-            is_expert = places[parent]
+            if parent != before:  # neighbours mostly share theirs
+                before, expert = parent, expert_of(parent)
+                is_expert = False if expert is None else True if expert[1] in self._experts else None
             if is_expert is None:
                 continue
             key = last, id(module_format), bias, is_expert

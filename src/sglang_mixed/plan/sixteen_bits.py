@@ -17,7 +17,7 @@ def check_16_bits(
     modules: Mapping[str, PlannedModule], checkpoints: Mapping[str, Checkpoint], assignment: Assignment
 ) -> None:
     """Raise UnsupportedError where the map takes such a module from a source that holds it compressed."""
-    compressed = [one for one in modules.values() if one.format.name != "plain" and runs_in_16_bits(one.name)]
+    compressed = [modules[name] for name in filter(runs_in_16_bits, modules) if modules[name].format.name != "plain"]
     if not compressed:
         return
     first = compressed[0]
