@@ -22,7 +22,7 @@ from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
 from .ranks import agree_on_plan
-from .stock import StockParameters
+from .stock import StockParameters, vocabularies
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         loading = state.current_loading()
         self._stock.watch(model)
+        loading.vocabularies = vocabularies(model)
         reads = list(loading.plan.reads())
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
         # On a CPU the reading threads pack; an accelerator's streams and current device are this thread's.

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import EngineError
 from ..formats.base import TORCH_DTYPES
+from ..pages import populate
 from ..plan.values import check_planned
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Loading:
     verify_values: bool = False
     #: Full checkpoint name -> what waits for the tensor; all others go through SGLang's own loaders.
     places: dict[str, tuple[Line, Place]] = field(default_factory=dict)
+    #: Full checkpoint name -> the parameter to whose first rows SGLang's loader copies the whole tensor.
+    vocabularies: dict[str, torch.Tensor] = field(default_factory=dict)
     _partial: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def expect(self, line: Line, name: str, place: Place) -> None:
@@ -44,10 +47,18 @@ class Loading:
         if read.name in self.places:
             return self.places[read.name][1].destination()
         if read.ranges is None:
-            return None
+            return self._rows(read)
         # SGLang's loaders cut the whole tensor themselves: what they leave out is never read, nor touched in memory.
         whole = self._partial[read.name] = torch.empty(read.entry.shape, dtype=TORCH_DTYPES[read.entry.dtype])
         return whole[tuple(slice(*bounds) for bounds in read.ranges)]
+
+    def _rows(self, read: Read) -> torch.Tensor | None:
+        """A vocabulary's own rows, which its loader then copies to themselves: they need no memory besides."""
+        parameter, shape = self.vocabularies.get(read.name), read.entry.shape
+        if parameter is None or parameter.dtype != TORCH_DTYPES[read.entry.dtype]:
+            return None
+        rows = parameter[: shape[0]]
+        return populate(rows) if rows.shape == shape else None
 
     def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Give a tensor to its place; where there is none, what SGLang's loaders are to be given."""
