@@ -13,6 +13,7 @@ import torch
 
 from ..errors import TruncatedFileError
 from ..formats.base import ITEM_BYTES, TORCH_DTYPES
+from ..pages import populate
 from .opening import unreadable
 from .shard import Entry
 
@@ -94,7 +95,7 @@ def read_entries(
 def _read_matrix(descriptor: int, path: Path, read: Read, destination: torch.Tensor | None = None) -> torch.Tensor:
     dtype = TORCH_DTYPES[read.entry.dtype]
     if destination is None:
-        destination = torch.empty(read.shape, dtype=dtype)
+        destination = populate(torch.empty(read.shape, dtype=dtype))
     assert (destination.dtype, destination.shape) == (dtype, read.shape)
     for position, piece in _pieces(read.entry, read.ranges, destination):
         read_into(descriptor, path, read.name, position, _buffers(piece))

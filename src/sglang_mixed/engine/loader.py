@@ -23,7 +23,7 @@ from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
 from .ranks import agree_on_plan, is_first_of_host
-from .stock import StockParameters
+from .stock import StockParameters, vocabularies
 from .transfer import PinnedTransfer
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         loading = state.current_loading()
         self._stock.watch(model)
         self._builds = KernelBuilds(self._stock.compiled if torch.cuda.is_available() else (), self._speaks)
+        loading.vocabularies = vocabularies(model)
         reads = list(loading.plan.reads())
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
         if torch.cuda.is_available() and not runs_on_torch_cpu():

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import EngineError
 from ..formats.base import TORCH_DTYPES
+from ..pages import populate
 from ..plan.values import check_planned
 from .transfer import Transfer
 
@@ -35,6 +36,8 @@ class Loading:
     transfer: Transfer = field(default_factory=Transfer)
     #: Full checkpoint name -> what waits for the tensor; all others go through SGLang's own loaders.
     places: dict[str, tuple[Line, Place]] = field(default_factory=dict)
+    #: Full checkpoint name -> the parameter to whose first rows SGLang's loader copies the whole tensor.
+    vocabularies: dict[str, torch.Tensor] = field(default_factory=dict)
     _partial: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def expect(self, line: Line, name: str, place: Place) -> None:
@@ -48,10 +51,19 @@ class Loading:
             place = self.places[read.name][1].destination()
             return self.transfer.host(read) if place is None else place
         if read.ranges is None:
-            return self.transfer.host(read)
+            rows = self._rows(read)
+            return self.transfer.host(read) if rows is None else rows
         # SGLang's loaders cut the whole tensor themselves: what they leave out is never read, nor touched in memory.
         whole = self._partial[read.name] = torch.empty(read.entry.shape, dtype=TORCH_DTYPES[read.entry.dtype])
         return whole[tuple(slice(*bounds) for bounds in read.ranges)]
+
+    def _rows(self, read: Read) -> torch.Tensor | None:
+        """A vocabulary's own rows, which its loader then copies to themselves: they need no memory besides."""
+        parameter, shape = self.vocabularies.get(read.name), read.entry.shape
+        if parameter is None or parameter.dtype != TORCH_DTYPES[read.entry.dtype]:
+            return None
+        rows = parameter[: shape[0]]
+        return populate(rows) if rows.shape == shape else None
 
     def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Give a tensor to its place; where there is none, what SGLang's loaders are to be given."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 
 from ..formats import tensor_specs
@@ -127,6 +128,16 @@ class StockParameters:
             return TensorSpec((), (end - begin,), (Axis("out"),))
         specs = tensor_specs(part.format)
         return specs.get(local) or TensorSpec((), tuple(tensor.shape), (Axis("out"),) * tensor.dim())
+
+
+def vocabularies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Full name -> memory of the embeddings and heads that this rank holds whole, in memory of the host."""
+    found = {
+        f"{prefix}.weight": module.weight.data
+        for prefix, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and module.tp_size == 1
+    }
+    return {name: tensor for name, tensor in found.items() if tensor.device.type == "cpu"}
 
 
 def _slots(module: torch.nn.Module, name: str) -> Iterator[tuple[Shard, int | None]]:

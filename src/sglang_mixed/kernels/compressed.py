@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..formats import get_format, tensor_specs
 from ..formats.base import TORCH_DTYPES, Axis, ModuleFormat, Shape, TensorSpec
 from ..formats.fusion import fuse, out_axis, stack_common, unstack
+from ..pages import populate
 from . import Layout, LinearKernel, cpu_kernel, pack
 from .base import Conversion
 
@@ -90,7 +91,7 @@ class CompressedWeight:
             return None
         if slot.convert:
             return _lent(slot.spec.shape, TORCH_DTYPES[slot.spec.dtypes[0]])
-        return self._place(slot)
+        return populate(self._place(slot))
 
     def _place(self, slot: _Slot) -> torch.Tensor:
         return self._whole[slot.whole].narrow(slot.axis, slot.begin, slot.length)
@@ -106,7 +107,7 @@ class CompressedWeight:
         else:
             place = self._place(slot)
             if slot.convert:
-                slot.convert(tensor, self.formats[part], place)
+                slot.convert(tensor, self.formats[part], populate(place))
             elif place.data_ptr() != tensor.data_ptr():
                 place.copy_(tensor)
         with self._completing:

@@ -1,7 +1,6 @@
-"""Triton: rows of x times rows of a weight that is decoded in registers; one compiled branch a codec.
+"""Triton: weights as they come out of memory, one compiled branch a codec.
 
-Values go into the products as they are stored, codes less their middle: e4m3 and whole numbers of 8 bits are exact in
-BF16 and FP16. Scales and zero points meet a step's float32 sums, so nothing is rounded but x.
+Values are as they are stored, codes less their middle: e4m3 and whole numbers of 8 bits are exact in BF16 and FP16.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ GROUPS = tl.constexpr(6)
 BIAS = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 
-#: Rows up to which a step's scales are loaded a step ahead: with more of them registers are scarce, and time is not.
-FEW_ROWS = tl.constexpr(16)
 #: 2**23 in float32, and its bits: the mantissa's lowest bits count ones.
 MAGIC = tl.constexpr(8388608)
 MAGIC_BITS = tl.constexpr(0x4B000000)
@@ -63,255 +60,20 @@ FIELDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
 
 
 @triton.jit
-def multiply(
-    x,
-    rows,
-    is_row,
-    line,
-    lines,
-    outputs,
-    X_COLUMNS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    CODECS: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of weights, each from a table's line.
-
-    All `lines` have the codec, order and groups of `line`. A row that is none, by `is_row`, comes out as zeros.
-    `DOT` is the dtype of the products' factors.
-    """
-    sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
-    number = tl.load(line + CODEC)
-    for index in tl.static_range(len(CODECS)):
-        if number == index:
-            sums = _product(x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT)
-    return sums
-
-
-@triton.jit
-def bias(lines, outputs, is_output, TYPE: tl.constexpr):
-    """float32 [outputs], each of its own line of a table; zeros where that has no bias."""
-    address = tl.load(lines + BIAS)
-    return tl.load(address.to(tl.pointer_type(TYPE)) + outputs, is_output & (address != 0), 0.0).to(tl.float32)
-
-
-@triton.jit
-def _product(
-    x,
-    rows,
-    is_row,
-    line,
-    lines,
-    outputs,
-    X_COLUMNS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    CODECS: tl.constexpr,
-    NUMBER: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    codec: tl.constexpr = CODECS[NUMBER]
-    is_output = outputs < OUTPUTS
-    weight_rows = outputs + codec.first_row
-    if codec.is_sliced:
-        sums, input_sums = _slices(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
-    else:
-        sums, input_sums = _steps(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
-    if codec.group == ALL:
-        if codec.zero_bits != 0:
-            sums -= input_sums[:, None] * _zero(lines, 0, weight_rows, is_output, codec)[None, :]
-        if codec.scale != "":
-            sums *= _scale(lines, 0, weight_rows, is_output, codec)[None, :]
-    if codec.factor == "multiplies":
-        sums *= tl.load(_pointer(lines, FACTOR, tl.float32))[None, :]
-    elif codec.factor == "divides":
-        sums /= tl.load(_pointer(lines, FACTOR, tl.float32))[None, :]
-    if codec.kind == E2M1:  # its values are counted in halves
-        sums *= 0.5
-    return sums
-
-
-@triton.jit
-def _steps(
-    x,
-    rows,
-    is_row,
-    line,
-    lines,
-    weight_rows,
-    is_output,
-    X_COLUMNS: tl.constexpr,
-    codec: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Sums over all columns, a step at a time, and those of the inputs; scaled where the weight has groups."""
-    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
-    input_sums = tl.zeros(rows.shape, tl.float32)
-    AHEAD: tl.constexpr = rows.shape[0] <= FEW_ROWS
-    if codec.group != ALL and AHEAD:
-        scale = _scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
-    for step in range(codec.width // codec.step):
-        stored = step * codec.step + tl.arange(0, codec.step)
-        inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
-        values = tl.trans(_values(x, lines, step, weight_rows, is_output, codec, DOT))
-        if codec.group == ALL:
-            sums = tl.dot(inputs, values, sums, input_precision="ieee")
-            if codec.zero_bits != 0:
-                input_sums += tl.sum(inputs.to(tl.float32), 1)
-        else:
-            if AHEAD:
-                own = scale  # what the next step needs is on its way before this one's product
-                following = tl.minimum(step + 1, codec.width // codec.step - 1)
-                scale = _scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
-            product = tl.dot(inputs, values, input_precision="ieee")
-            if not AHEAD:
-                own = _scale(lines, _group(line, step, codec), weight_rows, is_output, codec)
-            if codec.zero_bits != 0:
-                zero = _zero(lines, _group(line, step, codec), weight_rows, is_output, codec)
-                product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
-            sums += product * own[None, :]
-    return sums, input_sums
-
-
-@triton.jit
-def _slices(
-    x,
-    rows,
-    is_row,
-    line,
-    lines,
-    weight_rows,
-    is_output,
-    X_COLUMNS: tl.constexpr,
-    codec: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """`_steps` of 4-bit values in slices: no value changes its thread between memory and product."""
-    GROUPS: tl.constexpr = 1 if codec.group == ALL else max(1, codec.step // codec.group)
-    COLUMNS: tl.constexpr = codec.step // GROUPS
-    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
-    input_sums = tl.zeros(rows.shape, tl.float32)
-    weight = _pointer(lines, WEIGHT, tl.int32)[:, None] + weight_rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
-    HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
-    AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
-    if codec.group != ALL and AHEAD:
-        scale = _scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
-    for step in range(codec.width // codec.step):
-        words = tl.load(weight + step * (codec.rows * SLICE), is_output[:, None])
-        fields = _fields(tl.trans(words), codec, DOT)
-        for number in tl.static_range(GROUPS):
-            values = _joined(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
-            stored = step * codec.step + number * COLUMNS + tl.arange(0, COLUMNS)
-            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
-            if codec.group == ALL:
-                sums = tl.dot(inputs, values, sums, input_precision="ieee")
-                if codec.zero_bits != 0:
-                    input_sums += tl.sum(inputs.to(tl.float32), 1)
-            else:
-                group = _group(line, step, codec) + number
-                if AHEAD:
-                    own = scale  # what the next step needs is on its way before this one's product
-                    following = tl.minimum(step + 1, codec.width // codec.step - 1)
-                    scale = _scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
-                if codec.zero_bits != 0:
-                    zero = _zero(lines, group, weight_rows, is_output, codec)
-                    if not HAS_FEW_ROWS:  # differences of codes are exact in 16 bits
-                        values -= zero[None, :].to(DOT)
-                product = tl.dot(inputs, values, input_precision="ieee")
-                if not AHEAD:
-                    own = _scale(lines, group, weight_rows, is_output, codec)
-                if codec.zero_bits != 0 and HAS_FEW_ROWS:
-                    product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
-                sums += product * own[None, :]
-    return sums, input_sums
-
-
-@triton.jit
-def _joined(fields, FIRST: tl.constexpr, NUMBER: tl.constexpr):
-    """[NUMBER * 16, outputs] of as many fields [16, outputs], one below the other."""
-    if NUMBER == 1:
-        found = fields[FIRST]
-    else:
-        above = _joined(fields, FIRST, NUMBER // 2)
-        pairs = tl.join(above, _joined(fields, FIRST + NUMBER // 2, NUMBER // 2))
-        found = tl.reshape(tl.permute(pairs, 2, 0, 1), (NUMBER * SLICE, above.shape[1]))
-    return found
-
-
-@triton.jit
-def _fields(words, codec: tl.constexpr, DOT: tl.constexpr):
-    """The 8 fields of int32 words, as values in `DOT` before scales."""
-    # Types are spelled out: Triton takes no others.
-    if codec.kind == CODES and DOT.is_bf16():
-        return tl.inline_asm_elementwise(
-            FIELDS_BF16, FIELDS_CONSTRAINTS, [words],
-            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    if codec.kind == CODES and DOT.is_fp16():
-        return tl.inline_asm_elementwise(
-            FIELDS_FP16, FIELDS_CONSTRAINTS, [words],
-            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    return (
-        _value(words & 15, codec).to(DOT),
-        _value((words >> 4) & 15, codec).to(DOT),
-        _value((words >> 8) & 15, codec).to(DOT),
-        _value((words >> 12) & 15, codec).to(DOT),
-        _value((words >> 16) & 15, codec).to(DOT),
-        _value((words >> 20) & 15, codec).to(DOT),
-        _value((words >> 24) & 15, codec).to(DOT),
-        _value((words >> 28) & 15, codec).to(DOT),
-    )
-
-
-@triton.jit
-def _value(codes, codec: tl.constexpr):
-    """float32 of codes, less their middle."""
-    if codec.kind == E2M1:
-        return _halves(codes)
-    return (codes | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + codec.middle)
-
-
-@triton.jit
-def _group(line, step, codec: tl.constexpr):
-    """The (first) group of a step."""
-    if codec.is_ordered:
-        return tl.load(_pointer(line, GROUPS, tl.int32) + step)
-    return step * codec.step // codec.group
-
-
-@triton.jit
-def _inputs(x, rows, is_row, line, stored, X_COLUMNS: tl.constexpr, codec: tl.constexpr):
-    """[rows, stored]: zeros where a stored column meets none of x."""
-    if codec.is_ordered:
-        meets = tl.load(_pointer(line, ORDER, tl.int32) + stored)
-        columns = meets - codec.first_column
-        is_column = (meets >= 0) & (columns >= 0) & (columns < X_COLUMNS)
-        return tl.load(x + rows[:, None] * X_COLUMNS + columns[None, :], is_row[:, None] & is_column[None, :], 0.0)
-    columns = stored - codec.first_column
-    place = x + rows[:, None] * X_COLUMNS + columns[None, :]
-    if codec.first_column == 0 and codec.width == X_COLUMNS:
-        return tl.load(place, is_row[:, None], 0.0)
-    is_column = (columns >= 0) & (columns < X_COLUMNS) & (stored < codec.columns)
-    return tl.load(place, is_row[:, None] & is_column[None, :], 0.0)
-
-
-@triton.jit
-def _values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+def read_values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
     """[rows, step] of the weight in `DOT`, before scales; codes less their middle."""
     # No early returns: Triton also compiles what follows them.
     if codec.kind == PLAIN:
-        values = _bytes(_pointer(lines, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
+        values = _bytes(pointer_of(lines, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
     elif codec.kind == FP8:
-        values = _bytes(_pointer(lines, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
+        values = _bytes(pointer_of(lines, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
     elif codec.kind == INT8:
-        values = _bytes(_pointer(lines, WEIGHT, tl.int8), step, rows, is_output, codec)
+        values = _bytes(pointer_of(lines, WEIGHT, tl.int8), step, rows, is_output, codec)
     elif codec.kind == E2M1:
         values = _value(_words(lines, step, rows, is_output, codec), codec)
     else:
         if codec.bits == 8:
-            codes = _bytes(_pointer(lines, WEIGHT, tl.uint8), step, rows, is_output, codec).to(tl.int32)
+            codes = _bytes(pointer_of(lines, WEIGHT, tl.uint8), step, rows, is_output, codec).to(tl.int32)
         else:
             codes = _words(lines, step, rows, is_output, codec)
         values = _value(codes, codec)
@@ -344,10 +106,58 @@ def _plane(lines, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constex
     FIRST: tl.constexpr = codec.rows * codec.width * (codec.bits - BITS - BELOW) // 32
     STEP: tl.constexpr = codec.step
     WORDS: tl.constexpr = codec.step * BITS // 32
-    weight = _pointer(lines, WEIGHT, tl.int32) + FIRST + step * (codec.rows * WORDS)
+    weight = pointer_of(lines, WEIGHT, tl.int32) + FIRST + step * (codec.rows * WORDS)
     words = tl.load(weight[:, None] + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
     parts = (words[:, :, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, None, :]) & ((1 << BITS) - 1)
     return tl.reshape(parts, (rows.shape[0], STEP)) << BELOW
+
+
+@triton.jit
+def read_fields(words, codec: tl.constexpr, DOT: tl.constexpr):
+    """The 8 fields of int32 words, as values in `DOT` before scales."""
+    # Types are spelled out: Triton takes no others.
+    if codec.kind == CODES and DOT.is_bf16():
+        return tl.inline_asm_elementwise(
+            FIELDS_BF16, FIELDS_CONSTRAINTS, [words],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    if codec.kind == CODES and DOT.is_fp16():
+        return tl.inline_asm_elementwise(
+            FIELDS_FP16, FIELDS_CONSTRAINTS, [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return (
+        _value(words & 15, codec).to(DOT),
+        _value((words >> 4) & 15, codec).to(DOT),
+        _value((words >> 8) & 15, codec).to(DOT),
+        _value((words >> 12) & 15, codec).to(DOT),
+        _value((words >> 16) & 15, codec).to(DOT),
+        _value((words >> 20) & 15, codec).to(DOT),
+        _value((words >> 24) & 15, codec).to(DOT),
+        _value((words >> 28) & 15, codec).to(DOT),
+    )
+
+
+@triton.jit
+def join_fields(fields, FIRST: tl.constexpr, NUMBER: tl.constexpr):
+    """[NUMBER * 16, outputs] of as many fields [16, outputs], one below the other."""
+    if NUMBER == 1:
+        found = fields[FIRST]
+    else:
+        above = join_fields(fields, FIRST, NUMBER // 2)
+        pairs = tl.join(above, join_fields(fields, FIRST + NUMBER // 2, NUMBER // 2))
+        found = tl.reshape(tl.permute(pairs, 2, 0, 1), (NUMBER * SLICE, above.shape[1]))
+    return found
+
+
+@triton.jit
+def _value(codes, codec: tl.constexpr):
+    """float32 of codes, less their middle."""
+    if codec.kind == E2M1:
+        return _halves(codes)
+    return (codes | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + codec.middle)
 
 
 @triton.jit
@@ -360,19 +170,19 @@ def _halves(codes):
 
 
 @triton.jit
-def _scale(lines, group, rows, is_output, codec: tl.constexpr):
+def read_scale(lines, group, rows, is_output, codec: tl.constexpr):
     """float32 [rows]."""
     place = rows // codec.block + group * codec.row_groups
     if codec.scale == "float32":
-        scale = tl.load(_pointer(lines, SCALE, tl.float32) + place, is_output, 1.0)
+        scale = tl.load(pointer_of(lines, SCALE, tl.float32) + place, is_output, 1.0)
     elif codec.scale == "float16":
-        scale = tl.load(_pointer(lines, SCALE, tl.float16) + place, is_output, 1.0).to(tl.float32)
+        scale = tl.load(pointer_of(lines, SCALE, tl.float16) + place, is_output, 1.0).to(tl.float32)
     elif codec.scale == "bfloat16":
-        scale = tl.load(_pointer(lines, SCALE, tl.bfloat16) + place, is_output, 1.0).to(tl.float32)
+        scale = tl.load(pointer_of(lines, SCALE, tl.bfloat16) + place, is_output, 1.0).to(tl.float32)
     elif codec.scale == "float8_e4m3fn":
-        scale = tl.load(_pointer(lines, SCALE, tl.float8e4nv) + place, is_output, 1.0).to(tl.float32)
+        scale = tl.load(pointer_of(lines, SCALE, tl.float8e4nv) + place, is_output, 1.0).to(tl.float32)
     else:  # float8_e8m0fnu: an exponent, whose least is half of the least normal number
-        exponent = tl.load(_pointer(lines, SCALE, tl.uint8) + place, is_output, 127).to(tl.int32)
+        exponent = tl.load(pointer_of(lines, SCALE, tl.uint8) + place, is_output, 127).to(tl.int32)
         bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
         scale = bits.to(tl.float32, bitcast=True)
     if codec.divides:
@@ -381,9 +191,9 @@ def _scale(lines, group, rows, is_output, codec: tl.constexpr):
 
 
 @triton.jit
-def _zero(lines, group, rows, is_output, codec: tl.constexpr):
+def read_zero(lines, group, rows, is_output, codec: tl.constexpr):
     """float32 [rows]: zero points less the middle of the codes."""
-    zeros = _pointer(lines, ZERO, tl.uint8)
+    zeros = pointer_of(lines, ZERO, tl.uint8)
     if codec.zero_bits == 8:
         stored = tl.load(zeros + rows // codec.block + group * codec.row_groups, is_output, 0).to(tl.int32)
     else:
@@ -393,5 +203,6 @@ def _zero(lines, group, rows, is_output, codec: tl.constexpr):
 
 
 @triton.jit
-def _pointer(lines, FIELD: tl.constexpr, TYPE: tl.constexpr):
+def pointer_of(lines, FIELD: tl.constexpr, TYPE: tl.constexpr):
+    """Addresses of a field of each line."""
     return tl.multiple_of(tl.load(lines + FIELD).to(tl.pointer_type(TYPE)), 16)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import FIELDS, bias, multiply
+from .decode import FIELDS
+from .product import bias, multiply
 
 
 @triton.jit(do_not_specialize=("num_pairs", "num_blocks"))
@@ -58,6 +59,25 @@ def _each(line, outputs):
 
 
 @triton.jit
+def _activated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        found = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    elif ACTIVATION == "swiglu":  # GPT-OSS's
+        gate = tl.minimum(gate, limit)
+        found = gate * tl.sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
+    else:
+        if ACTIVATION == "limited_silu":
+            gate = tl.minimum(gate, limit)
+        gate *= tl.sigmoid(gate)
+        if ACTIVATION == "silu_limited":
+            gate = tl.minimum(gate, limit)
+        if ACTIVATION != "silu":
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+        found = gate * up
+    return found
+
+
+@triton.jit
 def gate_up(
     x,
     output,
@@ -103,20 +123,7 @@ def gate_up(
     if HAS_BIAS:
         gate += bias(_each(line, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
         up += bias(_each(line + FIELDS, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
-    if ACTIVATION == "gelu":
-        found = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    elif ACTIVATION == "swiglu":  # GPT-OSS's
-        gate = tl.minimum(gate, limit)
-        found = gate * tl.sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
-    else:
-        if ACTIVATION == "limited_silu":
-            gate = tl.minimum(gate, limit)
-        gate *= tl.sigmoid(gate)
-        if ACTIVATION == "silu_limited":
-            gate = tl.minimum(gate, limit)
-        if ACTIVATION != "silu":
-            up = tl.minimum(tl.maximum(up, -limit), limit)
-        found = gate * up
+    found = _activated(gate, up, alpha, limit, ACTIVATION)
     place = output + own.to(tl.int64)[:, None] * INTERMEDIATE + outputs[None, :]
     tl.store(place, found.to(output.dtype.element_ty), is_pair[:, None] & is_output[None, :])
 

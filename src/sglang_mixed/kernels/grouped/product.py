@@ -1,0 +1,217 @@
+"""Triton: rows of x times rows of a weight that is decoded in registers.
+
+Scales and zero points meet a step's float32 sums, so nothing is rounded but x.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import (
+    ALL,
+    BIAS,
+    CODEC,
+    E2M1,
+    FACTOR,
+    GROUPS,
+    ORDER,
+    SLICE,
+    WEIGHT,
+    join_fields,
+    pointer_of,
+    read_fields,
+    read_scale,
+    read_values,
+    read_zero,
+)
+
+#: Rows up to which a step's scales are loaded a step ahead: with more of them registers are scarce, and time is not.
+FEW_ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def multiply(
+    x,
+    rows,
+    is_row,
+    line,
+    lines,
+    outputs,
+    X_COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    CODECS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of weights, each from a table's line.
+
+    All `lines` have the codec, order and groups of `line`. A row that is none, by `is_row`, comes out as zeros.
+    `DOT` is the dtype of the products' factors.
+    """
+    sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
+    number = tl.load(line + CODEC)
+    for index in tl.static_range(len(CODECS)):
+        if number == index:
+            sums = _product(x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT)
+    return sums
+
+
+@triton.jit
+def bias(lines, outputs, is_output, TYPE: tl.constexpr):
+    """float32 [outputs], each of its own line of a table; zeros where that has no bias."""
+    address = tl.load(lines + BIAS)
+    return tl.load(address.to(tl.pointer_type(TYPE)) + outputs, is_output & (address != 0), 0.0).to(tl.float32)
+
+
+@triton.jit
+def _product(
+    x,
+    rows,
+    is_row,
+    line,
+    lines,
+    outputs,
+    X_COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    CODECS: tl.constexpr,
+    NUMBER: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    codec: tl.constexpr = CODECS[NUMBER]
+    is_output = outputs < OUTPUTS
+    weight_rows = outputs + codec.first_row
+    if codec.is_sliced:
+        sums, input_sums = _slices(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
+    else:
+        sums, input_sums = _steps(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
+    if codec.group == ALL:
+        if codec.zero_bits != 0:
+            sums -= input_sums[:, None] * read_zero(lines, 0, weight_rows, is_output, codec)[None, :]
+        if codec.scale != "":
+            sums *= read_scale(lines, 0, weight_rows, is_output, codec)[None, :]
+    if codec.factor == "multiplies":
+        sums *= tl.load(pointer_of(lines, FACTOR, tl.float32))[None, :]
+    elif codec.factor == "divides":
+        sums /= tl.load(pointer_of(lines, FACTOR, tl.float32))[None, :]
+    if codec.kind == E2M1:  # its values are counted in halves
+        sums *= 0.5
+    return sums
+
+
+@triton.jit
+def _steps(
+    x,
+    rows,
+    is_row,
+    line,
+    lines,
+    weight_rows,
+    is_output,
+    X_COLUMNS: tl.constexpr,
+    codec: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Sums over all columns, a step at a time, and those of the inputs; scaled where the weight has groups."""
+    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    input_sums = tl.zeros(rows.shape, tl.float32)
+    AHEAD: tl.constexpr = rows.shape[0] <= FEW_ROWS
+    if codec.group != ALL and AHEAD:
+        scale = read_scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
+    for step in range(codec.width // codec.step):
+        stored = step * codec.step + tl.arange(0, codec.step)
+        inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
+        values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
+        if codec.group == ALL:
+            sums = tl.dot(inputs, values, sums, input_precision="ieee")
+            if codec.zero_bits != 0:
+                input_sums += tl.sum(inputs.to(tl.float32), 1)
+        else:
+            if AHEAD:
+                own = scale  # what the next step needs is on its way before this one's product
+                following = tl.minimum(step + 1, codec.width // codec.step - 1)
+                scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
+            product = tl.dot(inputs, values, input_precision="ieee")
+            if not AHEAD:
+                own = read_scale(lines, _group(line, step, codec), weight_rows, is_output, codec)
+            if codec.zero_bits != 0:
+                zero = read_zero(lines, _group(line, step, codec), weight_rows, is_output, codec)
+                product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
+            sums += product * own[None, :]
+    return sums, input_sums
+
+
+@triton.jit
+def _slices(
+    x,
+    rows,
+    is_row,
+    line,
+    lines,
+    weight_rows,
+    is_output,
+    X_COLUMNS: tl.constexpr,
+    codec: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """`_steps` of 4-bit values in slices: no value changes its thread between memory and product."""
+    GROUPS: tl.constexpr = 1 if codec.group == ALL else max(1, codec.step // codec.group)
+    COLUMNS: tl.constexpr = codec.step // GROUPS
+    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    input_sums = tl.zeros(rows.shape, tl.float32)
+    weight = pointer_of(lines, WEIGHT, tl.int32)[:, None] + weight_rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
+    HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
+    AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
+    if codec.group != ALL and AHEAD:
+        scale = read_scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
+    for step in range(codec.width // codec.step):
+        words = tl.load(weight + step * (codec.rows * SLICE), is_output[:, None])
+        fields = read_fields(tl.trans(words), codec, DOT)
+        for number in tl.static_range(GROUPS):
+            values = join_fields(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
+            stored = step * codec.step + number * COLUMNS + tl.arange(0, COLUMNS)
+            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
+            if codec.group == ALL:
+                sums = tl.dot(inputs, values, sums, input_precision="ieee")
+                if codec.zero_bits != 0:
+                    input_sums += tl.sum(inputs.to(tl.float32), 1)
+            else:
+                group = _group(line, step, codec) + number
+                if AHEAD:
+                    own = scale  # what the next step needs is on its way before this one's product
+                    following = tl.minimum(step + 1, codec.width // codec.step - 1)
+                    scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
+                if codec.zero_bits != 0:
+                    zero = read_zero(lines, group, weight_rows, is_output, codec)
+                    if not HAS_FEW_ROWS:  # differences of codes are exact in 16 bits
+                        values -= zero[None, :].to(DOT)
+                product = tl.dot(inputs, values, input_precision="ieee")
+                if not AHEAD:
+                    own = read_scale(lines, group, weight_rows, is_output, codec)
+                if codec.zero_bits != 0 and HAS_FEW_ROWS:
+                    product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
+                sums += product * own[None, :]
+    return sums, input_sums
+
+
+@triton.jit
+def _group(line, step, codec: tl.constexpr):
+    """The (first) group of a step."""
+    if codec.is_ordered:
+        return tl.load(pointer_of(line, GROUPS, tl.int32) + step)
+    return step * codec.step // codec.group
+
+
+@triton.jit
+def _inputs(x, rows, is_row, line, stored, X_COLUMNS: tl.constexpr, codec: tl.constexpr):
+    """[rows, stored]: zeros where a stored column meets none of x."""
+    if codec.is_ordered:
+        meets = tl.load(pointer_of(line, ORDER, tl.int32) + stored)
+        columns = meets - codec.first_column
+        is_column = (meets >= 0) & (columns >= 0) & (columns < X_COLUMNS)
+        return tl.load(x + rows[:, None] * X_COLUMNS + columns[None, :], is_row[:, None] & is_column[None, :], 0.0)
+    columns = stored - codec.first_column
+    place = x + rows[:, None] * X_COLUMNS + columns[None, :]
+    if codec.first_column == 0 and codec.width == X_COLUMNS:
+        return tl.load(place, is_row[:, None], 0.0)
+    is_column = (columns >= 0) & (columns < X_COLUMNS) & (stored < codec.columns)
+    return tl.load(place, is_row[:, None] & is_column[None, :], 0.0)
