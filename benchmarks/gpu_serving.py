@@ -96,7 +96,12 @@ def answer(arguments: dict[str, Any]) -> None:
     """What an engine's process does."""
     import sglang
 
+    from sglang_mixed import get_mixed_precision_memory_stats
+
     engine = sglang.Engine(**arguments)
+    # The proof reads the files once more, on the cores that schedule.
+    while arguments.get("enable_mixed_precision") and "running" in str(get_mixed_precision_memory_stats()):
+        time.sleep(0.5)
     print("= ready", flush=True)
     for line in sys.stdin:
         batch = int(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,12 +53,14 @@ def load(path: str) -> Any:
 
 def replace_gpu() -> None:
     """Have our loader and methods believe in a GPU whose kernels are stand-ins."""
-    from sglang_mixed.engine import loader, quantization
+    from sglang_mixed.engine import decoded, loader, quantization
 
     from .stand_ins import replace_expert_kernels, replace_linear_kernels
 
     for module in (loader, quantization):
         module.runs_on_torch_cpu = lambda: False
+    # Layers that mix would run on our own kernel, which needs a GPU or an interpreter.
+    os.environ[decoded.GROUPED_EXPERTS] = "needed"
     replace_expert_kernels(setattr)
     replace_linear_kernels(setattr)
 

@@ -18,6 +18,7 @@ from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
+from sglang_mixed.engine.decoded import GROUPED_EXPERTS
 from sglang_mixed.engine.file_tensors import FileTensors
 from sglang_mixed.engine.grouped_moe import MixedMoE
 from sglang_mixed.engine.names import expert_modules
@@ -31,6 +32,12 @@ from .stand_ins import replace_expert_kernels
 
 EXPERTS, INTERMEDIATE, TOKENS = 4, 192, 5
 Mapped = Callable[..., Plan]
+
+
+@pytest.fixture(autouse=True)
+def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that mix run on SGLang's kernels, a group a format: by default ours runs them at once."""
+    monkeypatch.setenv(GROUPED_EXPERTS, "needed")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import torch
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 
 from sglang_mixed.engine import kernel_builds
+from sglang_mixed.engine.decoded import GROUPED_EXPERTS
 from sglang_mixed.engine.grouped_moe import MixedMoE
 from sglang_mixed.engine.kernel_builds import TARGET, Kernel, KernelBuilds, cache_folder, experts, linear, repacking
 from sglang_mixed.engine.linear_methods import compiled
@@ -26,6 +27,12 @@ from .layers import HIDDEN, PREFIX, fill, write_experts
 
 BF16 = torch.bfloat16
 KERNELS = [linear(BF16), experts(BF16, True), repacking(False)]
+
+
+@pytest.fixture(autouse=True)
+def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that mix run on SGLang's kernels, a group a format: by default ours runs them at once."""
+    monkeypatch.setenv(GROUPED_EXPERTS, "needed")
 
 
 @pytest.mark.parametrize(
