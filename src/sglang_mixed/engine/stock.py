@@ -61,8 +61,9 @@ class StockParameters:
                 seen.add(id(parameter))
                 self._parameters.append(parameter)
                 shares = {Line(prefix, *slot, name): share for slot, share in _slots(module, name).items()}
+                total = sum(shares.values())
                 for line, share in shares.items():
-                    self._ledger.expect(line, parameter.nbytes * share // sum(shares.values()))
+                    self._ledger.expect(line, parameter.nbytes * share // total)
                 self._wrap(module, parameter, list(shares))
 
     def give(self, name: str, tensor: torch.Tensor) -> None:
