@@ -63,6 +63,11 @@ class TensorPlace:
     part: Part
     tensor: StockTensor
 
+    @property
+    def nbytes(self) -> int:
+        """As the file holds it."""
+        return math.prod(self.tensor.shape) * self.tensor.stored.itemsize
+
     def destination(self) -> torch.Tensor | None:
         """Files are read to host memory first."""
         return None

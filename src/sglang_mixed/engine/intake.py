@@ -15,7 +15,7 @@ import torch
 from ..checkpoint import join
 from ..formats.base import TORCH_DTYPES, ModuleFormat
 from ..formats.plain import without_bias
-from ..formats.slicing import Region, rebase
+from ..formats.slicing import Region, part_bytes, rebase
 from ..kernels.compressed import CompressedWeight, NamedPart, compress
 from ..plan import Part, PlannedModule
 from . import state
@@ -24,6 +24,11 @@ from .ledger import Line
 
 class Place(Protocol):
     """What waits for one tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's part of the tensor, as the file holds it."""
+        ...
 
     def destination(self) -> torch.Tensor | None:
         """Where it can be read to without a copy; None for memory of its own."""
@@ -43,6 +48,11 @@ class WeightPlace:
     local: str
     format: ModuleFormat
     held: Region
+
+    @property
+    def nbytes(self) -> int:
+        """As the file holds it."""
+        return part_bytes(self.format, self.held)[self.local]
 
     def destination(self) -> torch.Tensor | None:
         """Its rows of the stacked tensor."""

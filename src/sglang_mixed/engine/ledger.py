@@ -1,4 +1,7 @@
-"""What a model still expects: one line per (module, shard, expert, tensor), struck out as weights arrive."""
+"""What a model still expects: one line per (module, shard, expert, tensor) and its bytes, struck out as they arrive.
+
+A tensor comes in one piece. So a line is open or closed, and no part of a place is filled twice or left as it was.
+"""
 
 from __future__ import annotations
 
@@ -29,24 +32,35 @@ class Ledger:
     """Open lines must be none at the end of a load, and no line may be struck out twice."""
 
     def __init__(self) -> None:
-        self._open: set[Line] = set()
+        #: Line -> bytes that its place holds.
+        self._open: dict[Line, int] = {}
         self._closed: set[Line] = set()
 
-    def expect(self, line: Line) -> None:
-        """Open a line."""
-        self._open.add(line)
+    def expect(self, line: Line, nbytes: int) -> None:
+        """Open a line for so many bytes."""
+        self._open[line] = nbytes
 
-    def arrive(self, line: Line) -> None:
-        """Strike a line out. Raises LedgerError where nothing waits for it."""
-        if line not in self._open:
-            state = "arrived twice" if line in self._closed else "was not expected"
-            raise LedgerError(f"weight {state}: {line}", tensor=str(line), rule="every slot is filled exactly once")
-        self._open.remove(line)
-        self._closed.add(line)
+    def arrive(self, nbytes: int, *lines: Line) -> None:
+        """Strike out the lines that one delivery of so many bytes fills. Raises LedgerError unless it fills them."""
+        for line in lines:
+            if line not in self._open:
+                state = "arrived twice" if line in self._closed else "was not expected"
+                raise LedgerError(f"weight {state}: {line}", tensor=str(line), rule="every slot is filled exactly once")
+        expected = sum(self._open[line] for line in lines)
+        if nbytes != expected:
+            names = ", ".join(map(str, lines))
+            raise LedgerError(
+                f"{nbytes:,} of {expected:,} bytes arrived: {names}",
+                tensor=names,
+                rule="a weight fills every byte of its place, and no other",
+            )
+        for line in lines:
+            del self._open[line]
+        self._closed.update(lines)
 
     def close(self, unused: Sequence[str] = ()) -> None:
         """Raise LedgerError, listing them, if weights are missing or planned tensors were left unused."""
-        problems = [f"missing: {line}" for line in sorted(map(str, self._open))]
+        problems = sorted(f"missing: {line}: 0 of {nbytes:,} bytes arrived" for line, nbytes in self._open.items())
         problems += [f"read but used by nothing in the model: {name}" for name in unused]
         if not problems:
             return

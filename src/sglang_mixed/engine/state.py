@@ -42,7 +42,7 @@ class Loading:
 
     def expect(self, line: Line, name: str, place: Place) -> None:
         """A tensor will be delivered to this place."""
-        self.ledger.expect(line)
+        self.ledger.expect(line, place.nbytes)
         self.places[name] = line, place
 
     def destination(self, read: Read) -> torch.Tensor | None:
@@ -71,7 +71,7 @@ class Loading:
         if name not in self.places:
             return self._partial.pop(name, tensor)
         line, place = self.places.pop(name)
-        self.ledger.arrive(line)
+        self.ledger.arrive(tensor.nbytes, line)
         place.receive(tensor)
         return None
 

@@ -1,12 +1,12 @@
 """Parameters that SGLang's own layers hold, all in 16 bits: watched as they fill, and read back from where they went.
 
 Models skip names they do not know, and leave unfilled what nobody delivers, without a word. So every parameter's
-`weight_loader` is wrapped: each call strikes out the lines it fills and remembers which file tensor filled them.
+`weight_loader` is wrapped: each call strikes out the lines it fills, by the bytes it writes, and remembers which file
+tensor filled them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .file_tensors import Converted, FileTensors, StockTensor, file_dtype
 from .kernel_builds import Kernel
 from .ledger import Ledger, Line
 from .names import Shard
+from .written import Written
 
 #: Local name of the tensors that GPT-OSS copies into their parameters itself.
 COPIED = "sinks"
@@ -66,10 +67,11 @@ class StockParameters:
                     continue
                 seen.add(id(parameter))
                 self._parameters.append(parameter)
-                lines = [Line(prefix, shard, expert, name) for shard, expert in _slots(module, name)]
-                for line in lines:
-                    self._ledger.expect(line)
-                self._wrap(module, parameter, lines)
+                shares = {Line(prefix, *slot, name): share for slot, share in _slots(module, name).items()}
+                total = sum(shares.values())
+                for line, share in shares.items():
+                    self._ledger.expect(line, parameter.nbytes * share // total)
+                self._wrap(module, parameter, list(shares))
 
     def give(self, name: str, tensor: torch.Tensor) -> None:
         """Note a tensor that the model's `load_weights` gets next."""
@@ -82,7 +84,7 @@ class StockParameters:
         for name in self.given:
             module, _, local = name.rpartition(".")
             if local == COPIED and name in parameters and name not in self.tensors:
-                self._ledger.arrive(Line(module, None, None, local))
+                self._ledger.arrive(parameters[name].nbytes, Line(module, None, None, local))
                 spec, stored = self._spec(name, parameters[name]), self._plan.plan.modules[module].format
                 self.tensors[name] = StockTensor(parameters[name], (), spec.shape, file_dtype(stored, local))
 
@@ -106,14 +108,16 @@ class StockParameters:
             expert = kwargs.get("expert_id")
             # A call without a shard delivers all of them at once (tensors that are fused on disk).
             filled = [line for line in lines if line.expert == expert and shard in (None, line.shard)]
-            for line in filled:
-                self._ledger.arrive(line)
-            if filled:
-                name = self._given.get(loaded_weight.untyped_storage().data_ptr(), self._latest)
-                spec = self._spec(name, loaded_weight)
-                index = _index(module, shard, expert, spec)
-                self.tensors[name] = StockTensor(param, index, spec.shape, loaded_weight.dtype)
-            return original(param, loaded_weight, *args, **kwargs)
+            if not filled:
+                return original(param, loaded_weight, *args, **kwargs)
+            name = self._given.get(loaded_weight.untyped_storage().data_ptr(), self._latest)
+            spec = self._spec(name, loaded_weight)
+            index = _index(module, shard, expert, spec)
+            self.tensors[name] = StockTensor(param, index, spec.shape, loaded_weight.dtype)
+            with Written(param) as written:
+                result = original(param, loaded_weight, *args, **kwargs)
+            self._ledger.arrive(written.nbytes, *filled)
+            return result
 
         # SGLang's typed parameters have a read-only property of that name.
         own = isinstance(getattr(type(parameter), "weight_loader", None), property)
@@ -140,17 +144,17 @@ def vocabularies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor.device.type == "cpu"}
 
 
-def _slots(module: torch.nn.Module, name: str) -> Iterator[tuple[Shard, int | None]]:
+def _slots(module: torch.nn.Module, name: str) -> dict[tuple[Shard, int | None], int]:
+    """(shard, expert) -> its share of the parameter; what the shares add up to is the whole of it."""
     if isinstance(module, QKVParallelLinear):
-        yield from (("q", None), ("k", None), ("v", None))
-    elif isinstance(module, MergedColumnParallelLinear):
-        yield from ((index, None) for index in range(len(module.output_sizes)))
-    elif isinstance(module, FusedMoE):
+        return {(shard, None): rows for shard, rows in zip("qkv", _part_rows(module), strict=True)}
+    if isinstance(module, MergedColumnParallelLinear):
+        return {(index, None): rows for index, rows in enumerate(_part_rows(module))}
+    if isinstance(module, FusedMoE):
         shards = ("w2",) if name.startswith("w2") else ("w1", "w3")
         first = module.moe_ep_rank * module.num_local_experts
-        yield from ((shard, first + index) for index in range(module.num_local_experts) for shard in shards)
-    else:
-        yield None, None
+        return {(shard, first + index): 1 for index in range(module.num_local_experts) for shard in shards}
+    return {(None, None): 1}
 
 
 def _index(module: Any, shard: Shard, expert: int | None, spec: TensorSpec) -> tuple[int | slice, ...]:

@@ -6,16 +6,16 @@ computes with the wider weight pads x with zeros or drops the rows that were not
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from . import tensor_specs
-from .base import Axis, ModuleFormat, Shape
+from .base import ITEM_BYTES, Axis, ModuleFormat, Shape
 
 #: [begin, end) indices of one dimension.
 Range = tuple[int, int]
@@ -34,7 +34,7 @@ def whole(shape: Shape) -> Region:
     return Region((0, rows), (0, columns))
 
 
-@lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=65_536)
 def widen(module_format: ModuleFormat, region: Region) -> Region:
     """The least region of whole blocks, groups and words that holds this one."""
     everything = whole(module_format.shape)
@@ -46,7 +46,7 @@ def widen(module_format: ModuleFormat, region: Region) -> Region:
     return Region(*ranges)
 
 
-@lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=65_536)
 def cut(module_format: ModuleFormat, region: Region) -> ModuleFormat:
     """The format of a widened region, as a weight of its own."""
     shape = module_format.shape
@@ -57,7 +57,7 @@ def cut(module_format: ModuleFormat, region: Region) -> ModuleFormat:
     return replace(module_format, parameters=parameters, shape=(rows, columns, *shape[2:])[: len(shape)])
 
 
-@lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=65_536)
 def tensor_ranges(module_format: ModuleFormat, region: Region) -> dict[str, tuple[Range, ...]]:
     """Local name -> which part of each of its dimensions a widened region takes."""
     sizes = whole(module_format.shape)
@@ -73,6 +73,16 @@ def tensor_ranges(module_format: ModuleFormat, region: Region) -> dict[str, tupl
                 ranges.append((axis.length(begin), axis.length(end)))
         found[local] = tuple(ranges)
     return found
+
+
+@functools.cache
+def part_bytes(module_format: ModuleFormat, region: Region) -> dict[str, int]:
+    """Local name -> bytes of that part of it which a widened region takes."""
+    specs = tensor_specs(module_format)
+    return {
+        local: math.prod(end - begin for begin, end in ranges) * ITEM_BYTES[specs[local].dtypes[0]]
+        for local, ranges in tensor_ranges(module_format, region).items()
+    }
 
 
 def rebase(local: str, tensor: torch.Tensor, module_format: ModuleFormat, region: Region) -> torch.Tensor:
