@@ -34,10 +34,10 @@ in a way that no format explains is refused by name (GGUF, bitsandbytes, EXL2 an
 the processor adds int8 products exactly (VNNI or AMX). "Reference" is the format's exact decoder, a few rows at a time:
 slow. Small matrices, and shapes that no fast kernel takes, use it too. Activations stay in 16 bits on a CPU. On a GPU
 "SGLang" names its own method, which quantizes activations for FP8 and INT8; "our Triton kernel" decodes into tensor
-cores and leaves activations in 16 bits. The experts of a layer that mixes formats run on it together, whatever the lines
-below say: one launch was faster than one a format in every size measured. `SGLANG_MIXED_GROUPED_EXPERTS=needed` leaves
-them to SGLang where it has kernels, `all` takes those of uniform layers as well. The lines about GPUs are what the code
-chooses; [what ran](performance.md) is another matter.
+cores and leaves activations in 16 bits. The experts of a layer that mixes formats run on it together, whatever the
+lines below say: one launch was faster than one a format in every size measured.
+`SGLANG_MIXED_GROUPED_EXPERTS=needed` leaves them to SGLang where it has kernels, `all` takes those of uniform layers as
+well. The lines about GPUs are what the code chooses; [what ran](performance.md) is another matter.
 
 Bytes are those of a 4096 x 4096 weight, whose 16 bits are 33,554,432.
 """

@@ -66,15 +66,39 @@ def layer(name: str, dtype: str) -> Iterator[dict[str, Any]]:
     yield {"check": f"experts, {name}", "dtype": dtype, **found, "ok": good}
 
 
+def replay(name: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """A layer captured with one routing and replayed with another, against a run of its own."""
+    formats, tokens, options = LAYERS[name]
+    sizes, top_k = options.get("sizes", (160, 96)), options["top_k"]
+    experts = grouped_checks.Layer(formats, *sizes, grouped_checks.Activation(), False, DTYPES[dtype])
+    held = grouped_checks.inputs(tokens, sizes[0], experts.number, top_k, DTYPES[dtype])
+    for _ in range(2):
+        experts.layer.run(*held)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = experts.layer.run(*held)
+    order = torch.randperm(tokens, device=held[0].device)
+    for tensor in held:
+        tensor.copy_(tensor[order])
+    graph.replay()
+    same = bool(torch.equal(output, experts.layer.run(*held))) and bool(output.any())
+    yield {"check": f"experts, {name}, replayed", "dtype": dtype, "ok": same}
+
+
+KINDS = {"linear": linear, "experts": layer, "replay": replay}
+
+
 def run(kind: str, name: str, dtype: str) -> list[dict[str, Any]]:
     try:
-        return list((linear if kind == "linear" else layer)(name, dtype))
+        return list(KINDS[kind](name, dtype))
     except Exception as error:
         return [{"check": f"{kind}, {name}", "dtype": dtype, "error": f"{type(error).__name__}: {str(error)[-600:]}"}]
 
 
 def main() -> None:
     wanted = [("experts", name, dtype) for name in LAYERS for dtype in DTYPES]
+    wanted += [("replay", name, dtype) for name in ("decode", "prefill", "gate and up alike") for dtype in DTYPES]
     wanted += [("linear", name, dtype) for name in FORMATS for dtype in DTYPES]
     failed = 0
     # What takes time is Triton's compiler.
