@@ -20,11 +20,22 @@ from .conftest import Mapped
             {"**.v_proj": "fp8", "**.k_proj": "gptq"},
             ("parts of one matrix", "4 more", "layers.{0..1}.self_attn.qkv_proj"),
         ),
-        ({"**.experts.*.gate_proj": "fp8"}, ("experts of one layer", "2 more", "layers.{0..1}.mlp.experts.w13")),
-        ({"**.experts.2.down_proj": "fp8"}, ("experts of one layer", "2 more", "layers.{0..1}.mlp.experts.w2")),
+        (
+            {"**.experts.*.gate_proj": "fp8"},
+            ("experts of one layer", "kernel launches of one", "layers.{0..1}.mlp.experts.w13"),
+        ),
+        (
+            {"**.experts.2.down_proj": "fp8"},
+            ("experts of one layer", "kernel launches of one", "layers.{0..1}.mlp.experts.w2"),
+        ),
         (
             {"model.layers.1.mlp.experts.{0..2}.*": "fp8", "model.layers.1.mlp.experts.3.*": "gptq"},
-            ("experts of one layer", "2 more", "model.layers.1.mlp.experts.w13", "model.layers.1.mlp.experts.w2"),
+            (
+                "experts of one layer",
+                "kernel launches of one",
+                "model.layers.1.mlp.experts.w13",
+                "model.layers.1.mlp.experts.w2",
+            ),
         ),
         ({"**.q_proj": "gptq", "**.{k,v}_proj": "gptq64"}, ("parts of one matrix", "2 more")),
     ],

@@ -200,7 +200,7 @@ def check_decoded(experts: Sequence[ExpertModules]) -> None:
             rule="; ".join(dict.fromkeys(why + reasons)),
             remedy=REMEDY,
         )
-    tell(f"experts of {labels}", "; ".join(why) or "one launch for all formats of a layer, and their biases")
+    tell(f"experts of {labels}", "; ".join(why) or "one launch for all formats of a layer, with their biases")
 
 
 def check_experts(prefix: str, experts: Sequence[ExpertModules], num_experts: int, with_bias: bool) -> None:
