@@ -22,17 +22,17 @@ from .conftest import Mapped
         ),
         (
             {"**.experts.*.gate_proj": "fp8"},
-            ("experts of one layer", "kernel launches of one", "layers.{0..1}.mlp.experts.w13"),
+            ("experts of one layer", "launches of one", "layers.{0..1}.mlp.experts.w13"),
         ),
         (
             {"**.experts.2.down_proj": "fp8"},
-            ("experts of one layer", "kernel launches of one", "layers.{0..1}.mlp.experts.w2"),
+            ("experts of one layer", "launches of one", "layers.{0..1}.mlp.experts.w2"),
         ),
         (
             {"model.layers.1.mlp.experts.{0..2}.*": "fp8", "model.layers.1.mlp.experts.3.*": "gptq"},
             (
                 "experts of one layer",
-                "kernel launches of one",
+                "launches of one",
                 "model.layers.1.mlp.experts.w13",
                 "model.layers.1.mlp.experts.w2",
             ),
