@@ -101,8 +101,7 @@ class SGLangMixedPrecisionLoader(BaseModelLoader):
 
 def get_global_true_mixed_precision_loader() -> MixedPrecisionLoader | None:
     """The loader of the mix that was loaded in this process; None before one was."""
-    loader: MixedPrecisionLoader | None = state.loader
-    return loader
+    return state.loader
 
 
 def ensure_parallel_state(model_config: Any, device: str) -> None:
