@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     )
     from .torch.masks import create_proper_attention_mask
 
+    dequantize_gptq_weight = GPTQDequantizer.dequantize_gptq_weight
+    is_gptq_weight = GPTQDequantizer.is_gptq_weight
+
 _HOMES = {
     **compatibility.NAMES,
     "Checkpoint": "checkpoint",
@@ -71,12 +74,14 @@ __all__ = [
     "TrueMixedPrecisionLoader",
     "comprehensive_device_fix",
     "create_proper_attention_mask",
+    "dequantize_gptq_weight",
     "export_expert_activation_stats",
     "fix_moe_device_issues",
     "get_expert_activation_stats",
     "get_global_expert_tracker",
     "get_global_true_mixed_precision_loader",
     "get_mixed_precision_memory_stats",
+    "is_gptq_weight",
     "load_map",
     "load_model_with_enhanced_features",
     "load_plan",
@@ -96,9 +101,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
+    from operator import attrgetter
 
     home, _, there = _HOMES[name].partition(":")
-    return getattr(import_module(f".{home}", __name__), there or name)
+    return attrgetter(there or name)(import_module(f".{home}", __name__))
 
 
 compatibility.install()

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-#: Name -> "module" or "module:name there".
+#: Name -> "module" or "module:name there", with dots for what a class holds.
 NAMES: dict[str, str] = {
     "DequantizationCache": "torch",
     "EnhancedModelLoader": "torch",
@@ -27,8 +27,10 @@ NAMES: dict[str, str] = {
     "TrueMixedPrecisionLoader": "engine.python_api:SGLangMixedPrecisionLoader",
     "comprehensive_device_fix": "torch.devices",
     "create_proper_attention_mask": "torch.masks",
+    "dequantize_gptq_weight": "torch:GPTQDequantizer.dequantize_gptq_weight",
     "fix_moe_device_issues": "torch.devices",
     "get_global_true_mixed_precision_loader": "engine.python_api",
+    "is_gptq_weight": "torch:GPTQDequantizer.is_gptq_weight",
     "load_model_with_enhanced_features": "torch",
     "validate_model_device_consistency": "torch.devices",
 }

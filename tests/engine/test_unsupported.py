@@ -76,7 +76,7 @@ def test_a_flag_without_a_map_is_sglangs_own_business() -> None:
     assert arguments.translate({"model_path": "x", "enable_lora": True, "pp_size": 2}, {"enable_lora", "pp_size"}) == {}
 
 
-@pytest.mark.parametrize("ep_size", [(), ("--ep-size", "4")])
+@pytest.mark.parametrize("ep_size", [(), ("--ep-size", "4"), ("--ep-size", "1")])
 def test_enable_ep_moe_shares_experts_over_all_ranks(
     ep_size: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,5 +97,5 @@ def test_enable_ep_moe_is_a_keyword_of_the_engine_with_a_map_and_without() -> No
     assert build(model_path="x", tp_size=2, enable_ep_moe=True) == {"model_path": "x", "tp_size": 2, "ep_size": 2}
     mixed = build(**MIXED, tp_size=2, enable_ep_moe=True)
     assert mixed["ep_size"] == 2 and mixed["quantization"] == "mixed_precision"
-    with pytest.raises(UnsupportedError, match="--ep-size 1 is given"):
-        build(model_path="x", tp_size=2, ep_size=1, enable_ep_moe=True)
+    with pytest.raises(UnsupportedError, match="--ep-size 2 is given"):
+        build(model_path="x", tp_size=4, ep_size=2, enable_ep_moe=True)

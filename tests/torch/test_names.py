@@ -134,8 +134,10 @@ def test_tensors_elsewhere_are_named() -> None:
 
 def test_everything_is_taken_to_the_device() -> None:
     model, tokenizer = Scattered(), SimpleNamespace(pad_token_id=None, pad_token=None, eos_token="</s>")
-    assert comprehensive_device_fix(model, tokenizer, "meta") is model
-    assert validate_model_device_consistency(model, "meta") == {
+    results = comprehensive_device_fix(model, tokenizer, "meta")
+    assert results["model_fixed"] and results["tokenizer_fixed"] and len(results["issues_found"]) == 2
+    assert not comprehensive_device_fix(model, None, "meta")["model_fixed"]
+    assert results["validation"] == {
         "is_consistent": True,
         "issues": [],
         "devices": {"meta": 5},

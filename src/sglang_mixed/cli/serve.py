@@ -47,7 +47,7 @@ class Launch:
 
     @property
     def arguments(self) -> list[str]:
-        """SGLang's command line."""
+        """SGLang's command line. On one node nothing has to meet, and copies of the model must not: no address."""
         options = {
             "--model-path": self.model,
             "--tp-size": self.tp,
@@ -57,7 +57,7 @@ class Launch:
             "--port": self.port,
             "--nnodes": self.nnodes,
             "--node-rank": self.node_rank,
-            "--dist-init-addr": self.dist_init_addr,
+            "--dist-init-addr": self.dist_init_addr if (self.nnodes or 1) > 1 else None,
         }
         found = [str(part) for flag, value in options.items() if value is not None for part in (flag, value)]
         if self.map is not None:

@@ -211,11 +211,14 @@ def _from_sections(
 
 
 def _expert_parallel(arguments: Mapping[str, Any], explicit: Collection[str]) -> dict[str, Any]:
-    """`--enable-ep-moe`, which SGLang has dropped: every tensor-parallel rank holds its own experts."""
+    """`--enable-ep-moe`, which SGLang has dropped: every tensor-parallel rank holds its own experts.
+
+    As there, an `--ep-size` of 1 beside it gives way.
+    """
     if not arguments.get("enable_ep_moe"):
         return {}
     tp_size, ep_size = arguments.get("tp_size") or 1, arguments.get("ep_size")
-    if "ep_size" in explicit and ep_size != tp_size:
+    if "ep_size" in explicit and ep_size not in (1, tp_size):
         raise UnsupportedError(
             f"--enable-ep-moe means --ep-size {tp_size} (the --tp-size), but --ep-size {ep_size} is given too",
             remedy="leave one of the two out",

@@ -16,7 +16,7 @@ import torch
 from sglang.srt.distributed import parallel_state
 from sglang.srt.model_loader.loader import BaseModelLoader
 
-from ..errors import EngineError, MapError, UnsupportedError
+from ..errors import MapError, UnsupportedError
 from ..preflight import free_port
 from . import state
 from .arguments import translate
@@ -99,15 +99,9 @@ class SGLangMixedPrecisionLoader(BaseModelLoader):
         return get_mixed_precision_memory_stats()
 
 
-def get_global_true_mixed_precision_loader() -> MixedPrecisionLoader:
-    """The loader of the mix that was loaded in this process. Raises EngineError before one was."""
-    if state.loader is None:
-        raise EngineError(
-            "no mix was loaded in this process",
-            remedy="DefaultModelLoader(load_config).load_model(...) with ModelConfig(mixed_precision_config=...)",
-        )
-    loader: MixedPrecisionLoader = state.loader
-    return loader
+def get_global_true_mixed_precision_loader() -> MixedPrecisionLoader | None:
+    """The loader of the mix that was loaded in this process; None before one was."""
+    return state.loader
 
 
 def ensure_parallel_state(model_config: Any, device: str) -> None:

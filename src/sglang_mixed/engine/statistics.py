@@ -15,6 +15,7 @@ from ..config import MixedPrecisionMap
 from ..errors import EngineError, UnsupportedError
 from ..experts import ExpertActivationTracker, ExpertCounts, ExpertExport, ExpertFormats
 from ..experts.report import REASONS
+from ..experts.tracker import shared_tracker
 from . import state
 from .questions import Question, ask, expert_answer, manager
 
@@ -79,19 +80,28 @@ def _experts_here(question: Question) -> ExpertExport:
 
 
 def get_global_expert_tracker() -> ExpertActivationTracker:
-    """The tracker that all of this process share: of the mixed model it runs, else one that counts what is recorded."""
+    """The tracker that all of this process share: of the mixed model it runs, else of the torch model loaded last.
+
+    Before either, one that counts what is recorded.
+    """
     runs_here = state.proof is not None or state.tokenizer_manager is not None
-    return _tracker(EngineTracker if runs_here else ExpertActivationTracker)
+    return _engine_tracker() if runs_here else shared_tracker()
 
 
 @functools.cache
-def _tracker(kind: type[ExpertActivationTracker]) -> ExpertActivationTracker:
-    return kind()
+def _engine_tracker() -> EngineTracker:
+    return EngineTracker()
 
 
-def get_expert_activation_stats() -> dict[str, Any]:
-    """`expert_stats`, `layer_stats` and `top_experts` of the global tracker, and more under `sglang_mixed`."""
-    return get_global_expert_tracker().snapshot().to_json()
+def get_expert_activation_stats(layer_id: int | None = None, expert_id: int | None = None) -> dict[str, Any]:
+    """`expert_stats`, `layer_stats` and `top_experts` of the global tracker, and more under `sglang_mixed`.
+
+    Of a layer or an expert: as its `get_expert_stats`.
+    """
+    tracker = get_global_expert_tracker()
+    if layer_id is None and expert_id is None:
+        return tracker.snapshot().to_json()
+    return tracker.get_expert_stats(layer_id, expert_id)
 
 
 def reset_expert_activation_stats() -> dict[str, Any]:
@@ -99,9 +109,9 @@ def reset_expert_activation_stats() -> dict[str, Any]:
     return get_global_expert_tracker().reset_stats().to_json()
 
 
-def export_expert_activation_stats(path: str | Path) -> None:
+def export_expert_activation_stats(file_path: str | Path) -> None:
     """Write the global tracker's statistics as JSON, whole or not at all. Raises ExpertExportError."""
-    get_global_expert_tracker().export_stats(path)
+    get_global_expert_tracker().export_stats(file_path)
 
 
 def described_map() -> MixedPrecisionMap:

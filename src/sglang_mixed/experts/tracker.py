@@ -106,6 +106,19 @@ class ExpertActivationTracker:
             self._clear()
         return cleared
 
-    def export_stats(self, path: str | Path) -> None:
+    def export_stats(self, file_path: str | Path) -> None:
         """Write everything as JSON, whole or not at all. Raises ExpertExportError."""
-        write_export(path, self.snapshot())
+        write_export(file_path, self.snapshot())
+
+
+_shared = [ExpertActivationTracker()]
+
+
+def shared_tracker() -> ExpertActivationTracker:
+    """The tracker of the torch model that this process loaded last; before that, one that counts what is recorded."""
+    return _shared[0]
+
+
+def share_tracker(tracker: ExpertActivationTracker) -> None:
+    """Have `shared_tracker` give this one from now on."""
+    _shared[0] = tracker

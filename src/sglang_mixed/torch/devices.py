@@ -60,11 +60,23 @@ def fix_moe_device_issues(model: torch.nn.Module, device: torch.device | str) ->
     return model
 
 
-def comprehensive_device_fix(model: torch.nn.Module, tokenizer: Any, device: torch.device | str) -> torch.nn.Module:
-    """`fix_moe_device_issues`; and a tokenizer without a padding token pads with its end of sequence."""
-    if tokenizer is not None and getattr(tokenizer, "pad_token_id", None) is None:
+def comprehensive_device_fix(model: torch.nn.Module, tokenizer: Any, device: torch.device | str) -> dict[str, Any]:
+    """`fix_moe_device_issues`; and a tokenizer without a padding token pads with its end of sequence.
+
+    Returns `model_fixed` and `tokenizer_fixed` (whether there was something to fix), the `issues_found` before, and the
+    `validation` after (as `validate_model_device_consistency`).
+    """
+    found = validate_model_device_consistency(model, device)
+    pads_not = tokenizer is not None and getattr(tokenizer, "pad_token_id", None) is None
+    if pads_not:
         tokenizer.pad_token = tokenizer.eos_token
-    return fix_moe_device_issues(model, device)
+    fix_moe_device_issues(model, device)
+    return {
+        "model_fixed": not found["is_consistent"],
+        "tokenizer_fixed": pads_not,
+        "issues_found": found["issues"],
+        "validation": validate_model_device_consistency(model, device),
+    }
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[_Found]:

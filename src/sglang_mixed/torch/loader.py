@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..config import load_map
 from ..errors import EngineError
 from ..experts import ExpertActivationTracker
+from ..experts.tracker import share_tracker
 from ..plan import Plan, make_plan
 from .cache import DequantizationCache
 from .model import load_plan, memory_stats
@@ -56,6 +57,7 @@ class EnhancedModelLoader:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = track_experts(model, self._tracker)
+            share_tracker(self._tracker)
         return report.to_dict()
 
     def get_memory_stats(self) -> dict[str, Any]:
@@ -84,9 +86,9 @@ class EnhancedModelLoader:
         """Start counting from nothing. Raises EngineError where tracking is off."""
         self._active_tracker().reset_stats()
 
-    def export_expert_stats(self, path: str | Path) -> None:
+    def export_expert_stats(self, file_path: str | Path) -> None:
         """Write the counts as JSON, whole or not at all. Raises EngineError as above, ExpertExportError."""
-        self._active_tracker().export_stats(path)
+        self._active_tracker().export_stats(file_path)
 
     def _active_tracker(self) -> ExpertActivationTracker:
         if self._tracker is None:
