@@ -70,8 +70,8 @@ def load(run: Run) -> list[tuple[str, str, str]]:
 def soak(run: Run) -> list[tuple[str, str, str]]:
     rows = []
     for name in ("mixed", "stock"):
-        minutes = [sum(sizes) for sizes in zip(*(kinds["rss"] for kinds in run[f"{name}_series"].values()), strict=True)]
-        after = minutes[run["warm_up"] :]
+        sizes = [kinds["rss"][run["warm_up"] :] for kinds in run[f"{name}_series"].values()]
+        after = [sum(minute) for minute in zip(*sizes, strict=True)]
         figure = (
             f"{run['minutes']:g} minutes, {run[f'{name}_served']:,} served, {run[f'{name}_errors']} errors; memory of "
             f"all processes {run[f'{name}_mib']:,} MiB, growth after {run['warm_up']} minutes "
