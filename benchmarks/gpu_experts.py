@@ -62,17 +62,22 @@ def captured(run: ExpertsRun, given: list[Inputs]) -> Callable[[], None]:
     return graph.replay
 
 
+def seconds(run: Callable[[], object]) -> float:
+    """Of one run on the GPU, by its own clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def microseconds(replays: dict[tuple[str, str], Callable[[], None]]) -> dict[tuple[str, str], float]:
     """Of one run of each layer; the layers take turns."""
     found: dict[tuple[str, str], list[float]] = {key: [] for key in replays}
     for _ in range(REPEATS):
         for key, replay in replays.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            replay()
-            end.record()
-            torch.cuda.synchronize()
-            found[key].append(begin.elapsed_time(end) * 1e3 / ROUTINGS)
+            found[key].append(seconds(replay) * 1e6 / ROUTINGS)
     return {key: statistics.median(times[3:]) for key, times in found.items()}
 
 
@@ -80,15 +85,7 @@ def copy_bandwidth() -> float:
     """Bytes read and written in a second."""
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / min(seconds)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def touched_bytes(given: list[Inputs], share: float) -> float:

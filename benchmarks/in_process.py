@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from sglang.srt.layers.dp_attention import initialize_dp_attention  # noqa: E402
 from sglang.srt.model_loader.loader import get_model_loader  # noqa: E402
 from sglang.srt.model_loader.utils import get_model_architecture  # noqa: E402
 from sglang.srt.runtime_context import publish  # noqa: E402
+
+from sglang_mixed.preflight import free_port  # noqa: E402
 
 
 def prepare(**arguments: Any) -> Any:
@@ -43,8 +44,6 @@ def prepare(**arguments: Any) -> Any:
 
 
 def _initialize_world() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     init_distributed_environment(backend="gloo", world_size=1, rank=0, local_rank=0, distributed_init_method=address)
     initialize_model_parallel()

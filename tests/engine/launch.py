@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import socket
 import sys
 import time
 import urllib.request
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sglang_mixed.preflight import free_port
 
 from . import run_engine
 from .zygote import Job, Zygote, start_fresh
@@ -36,12 +37,6 @@ def http(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> 
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=timeout) as response:
         return json.loads(response.read() or "null")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @functools.cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from pathlib import Path
 
 from ..engine.launch import FLAGS, RUN_SCRIPT, TINY, zygote
@@ -52,3 +54,8 @@ def run_python(log: Path, code: str, **paths: object) -> str:
         job.kill()
     assert status == 0, log.read_text()
     return log.read_text()
+
+
+def with_scripts() -> dict[str, str]:
+    """An environment that finds the commands that are installed here."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -190,7 +190,3 @@ def changed(file: Path) -> ChangedFileError:
         rule="size and time of the last write stay as they were until the weights are in memory",
         remedy="wait until nothing writes to the checkpoint, check the map again, and start again",
     )
-
-
-def _same_rule(_: str) -> int:
-    return 0

@@ -79,7 +79,7 @@ def _free_name(wanted: str, taken: Mapping[str, object]) -> str:
     return next(name for name in numbered if name not in taken)
 
 
-def model_card(plan: Plan, title: str) -> str:
+def model_card(plan: Plan, title: str, config: Mapping[str, Any]) -> str:
     """README.md: what came from where, under which licences, and how to serve it. No path of this machine."""
     licences = {name: _licence(path) for name, path in plan.sources.items()}
     base = licences[plan.base]
@@ -104,8 +104,8 @@ def model_card(plan: Plan, title: str) -> str:
         for row in plan.rows()
     ]
     lines += ["", f"Plan: `{plan.fingerprint}`. `sha256sum -c SHA256SUMS` verifies the weights.", ""]
-    stock = stock_config(plan, _parts(plan).values())
-    if stock is not None:
+    if KEY in config:  # beside what other tools read
+        stock = config.get("quantization_config")
         method = f"its {stock['quant_method']} config" if stock else "no quantization"
         lines += [f"Tools that know of no mixes find {method} in config.json, and read the same weights.", ""]
     lines += ["```bash", "pip install sglang-mixed   # beside SGLang", "sglang serve --model-path FOLDER", "```", ""]

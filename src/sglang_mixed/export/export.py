@@ -122,10 +122,11 @@ def _write_rest(partial: Path, plan: Plan, shards: list[ShardFile], title: str) 
     weight_map = {read.name: shard.name for shard in shards for _, read in shard.pieces}
     total = sum(read.nbytes for shard in shards for _, read in shard.pieces)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    config = exported_config(plan)
     texts = {
         INDEX: json.dumps(index, indent=2) + "\n",
-        "README.md": model_card(plan, title),
-        "config.json": json.dumps(exported_config(plan), indent=2, ensure_ascii=False) + "\n",
+        "README.md": model_card(plan, title, config),
+        "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
     }
     for name, text in texts.items():
         write_file(partial / name, iter([text.encode()]))

@@ -113,8 +113,11 @@ def _plane(lines, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constex
 
 
 @triton.jit
-def read_fields(words, codec: tl.constexpr, DOT: tl.constexpr):
-    """The 8 fields of int32 words, as values in `DOT` before scales."""
+def read_fields(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+    """The 8 fields [16, rows] of a step's int32 words, each a slice of the weight in `DOT`, before scales."""
+    weight = pointer_of(lines, WEIGHT, tl.int32) + step * (codec.rows * SLICE)
+    words = tl.load(weight[:, None] + rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :], is_output[:, None])
+    words = tl.trans(words)
     # Types are spelled out: Triton takes no others.
     if codec.kind == CODES and DOT.is_bf16():
         return tl.inline_asm_elementwise(

@@ -87,17 +87,17 @@ class GroupedExperts:
         blocks, common = len(experts), _options(tiles, self.has_bias, x)
         hidden = self.empty(ids.numel(), self.intermediate, like=x)
         # A program of as many rows of both gate and up as another has of one.
-        common["BLOCK_N"] = tiles.outputs // 2 if self.are_alike else tiles.outputs
-        passes.gate_up[(triton.cdiv(self.intermediate, common["BLOCK_N"]), blocks)](
+        outputs = tiles.outputs // 2 if self.are_alike else tiles.outputs
+        passes.gate_up[(triton.cdiv(self.intermediate, outputs), blocks)](
             x, hidden, self._table, pairs, experts, self._activation.alpha, self._activation.limit,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, TOP_K=top_k, CODECS=self.gate_up_codecs,
-            ACTIVATION=self._activation.name, ALIKE=self.are_alike, **common,
+            ACTIVATION=self._activation.name, ALIKE=self.are_alike, BLOCK_N=outputs, **common,
         )  # fmt: skip
-        common["BLOCK_N"] = tiles.outputs
         sums = self.empty(ids.numel(), self.hidden, like=x, dtype=torch.float32)
         passes.down[(triton.cdiv(self.hidden, tiles.outputs), blocks)](
             hidden, sums, self._table, pairs, experts, weights,
-            HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, CODECS=self.down_codecs, **common,
+            HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, CODECS=self.down_codecs,
+            BLOCK_N=tiles.outputs, **common,
         )  # fmt: skip
         columns = min(1024, triton.next_power_of_2(self.hidden))
         passes.sum_slots[(len(x), triton.cdiv(self.hidden, columns))](

@@ -17,7 +17,6 @@ from .decode import (
     GROUPS,
     ORDER,
     SLICE,
-    WEIGHT,
     join_fields,
     pointer_of,
     read_fields,
@@ -80,10 +79,7 @@ def _product(
     codec: tl.constexpr = CODECS[NUMBER]
     is_output = outputs < OUTPUTS
     weight_rows = outputs + codec.first_row
-    if codec.is_sliced:
-        sums, input_sums = _slices(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
-    else:
-        sums, input_sums = _steps(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
+    sums, input_sums = _sums(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
     if codec.group == ALL:
         if codec.zero_bits != 0:
             sums -= input_sums[:, None] * read_zero(lines, 0, weight_rows, is_output, codec)[None, :]
@@ -99,7 +95,7 @@ def _product(
 
 
 @triton.jit
-def _steps(
+def _sums(
     x,
     rows,
     is_row,
@@ -111,65 +107,29 @@ def _steps(
     codec: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Sums over all columns, a step at a time, and those of the inputs; scaled where the weight has groups."""
-    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
-    input_sums = tl.zeros(rows.shape, tl.float32)
-    AHEAD: tl.constexpr = rows.shape[0] <= FEW_ROWS
-    if codec.group != ALL and AHEAD:
-        scale = read_scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
-    for step in range(codec.width // codec.step):
-        stored = step * codec.step + tl.arange(0, codec.step)
-        inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
-        values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
-        if codec.group == ALL:
-            sums = tl.dot(inputs, values, sums, input_precision="ieee")
-            if codec.zero_bits != 0:
-                input_sums += tl.sum(inputs.to(tl.float32), 1)
-        else:
-            if AHEAD:
-                own = scale  # what the next step needs is on its way before this one's product
-                following = tl.minimum(step + 1, codec.width // codec.step - 1)
-                scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
-            product = tl.dot(inputs, values, input_precision="ieee")
-            if not AHEAD:
-                own = read_scale(lines, _group(line, step, codec), weight_rows, is_output, codec)
-            if codec.zero_bits != 0:
-                zero = read_zero(lines, _group(line, step, codec), weight_rows, is_output, codec)
-                product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
-            sums += product * own[None, :]
-    return sums, input_sums
+    """Sums over all columns, a step at a time, and those of the inputs; scaled where the weight has groups.
 
-
-@triton.jit
-def _slices(
-    x,
-    rows,
-    is_row,
-    line,
-    lines,
-    weight_rows,
-    is_output,
-    X_COLUMNS: tl.constexpr,
-    codec: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """`_steps` of 4-bit values in slices: no value changes its thread between memory and product."""
-    GROUPS: tl.constexpr = 1 if codec.group == ALL else max(1, codec.step // codec.group)
+    Of values in slices none changes its thread between memory and product, and a step may be of several groups.
+    """
+    GROUPS: tl.constexpr = max(1, codec.step // codec.group)
     COLUMNS: tl.constexpr = codec.step // GROUPS
-    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
-    input_sums = tl.zeros(rows.shape, tl.float32)
-    weight = pointer_of(lines, WEIGHT, tl.int32)[:, None] + weight_rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
     HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
+    FOLDS_ZEROS: tl.constexpr = codec.is_sliced and not HAS_FEW_ROWS
+    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    input_sums = tl.zeros(rows.shape, tl.float32)
     if codec.group != ALL and AHEAD:
         scale = read_scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
     for step in range(codec.width // codec.step):
-        words = tl.load(weight + step * (codec.rows * SLICE), is_output[:, None])
-        fields = read_fields(tl.trans(words), codec, DOT)
+        if codec.is_sliced:
+            fields = read_fields(lines, step, weight_rows, is_output, codec, DOT)
         for number in tl.static_range(GROUPS):
-            values = join_fields(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
             stored = step * codec.step + number * COLUMNS + tl.arange(0, COLUMNS)
             inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
+            if codec.is_sliced:
+                values = join_fields(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
+            else:
+                values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
             if codec.group == ALL:
                 sums = tl.dot(inputs, values, sums, input_precision="ieee")
                 if codec.zero_bits != 0:
@@ -180,14 +140,13 @@ def _slices(
                     own = scale  # what the next step needs is on its way before this one's product
                     following = tl.minimum(step + 1, codec.width // codec.step - 1)
                     scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
-                if codec.zero_bits != 0:
-                    zero = read_zero(lines, group, weight_rows, is_output, codec)
-                    if not HAS_FEW_ROWS:  # differences of codes are exact in 16 bits
-                        values -= zero[None, :].to(DOT)
+                if codec.zero_bits != 0 and FOLDS_ZEROS:  # differences of codes are exact in 16 bits
+                    values -= read_zero(lines, group, weight_rows, is_output, codec)[None, :].to(DOT)
                 product = tl.dot(inputs, values, input_precision="ieee")
                 if not AHEAD:
                     own = read_scale(lines, group, weight_rows, is_output, codec)
-                if codec.zero_bits != 0 and HAS_FEW_ROWS:
+                if codec.zero_bits != 0 and not FOLDS_ZEROS:
+                    zero = read_zero(lines, group, weight_rows, is_output, codec)
                     product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
                 sums += product * own[None, :]
     return sums, input_sums
