@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,3 +60,17 @@ def run_python(log: Path, code: str, **paths: object) -> str:
 def with_scripts() -> dict[str, str]:
     """An environment that finds the commands that are installed here."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def command_line(*command: str) -> list[str]:
+    """What `--dry-run` prints, without what is the same always."""
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True, env=with_scripts())
+    python, module, name, flag, model, *rest = done.stdout.split()
+    assert (python, module, name, flag, model) == (
+        "python",
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        str(TINY / "bf16"),
+    )
+    return rest

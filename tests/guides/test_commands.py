@@ -11,9 +11,8 @@ import pytest
 from sglang_mixed.cli.serve import Launch, placed
 from sglang_mixed.errors import UnsupportedError
 
-from ..engine.launch import TINY
 from ..engine.zygote import ROOT
-from .jobs import run_python, with_scripts, words
+from .jobs import command_line, run_python, with_scripts, words
 
 MIX = "--enable-mixed-precision --mixed-precision-config MAP"
 #: A guide's command -> SGLang's. Placeholders of paths are ours, as everywhere in these tests.
@@ -145,17 +144,3 @@ def test_copies_on_one_host_meet_apart_and_are_told_how_to_get_one_address(capsy
     meetings = [placed(launch, rank, 1, 4).dist_init_addr for rank in range(4)]
     assert meetings == ["127.0.0.1:20000", "127.0.0.1:20000", "127.0.0.1:20001", "127.0.0.1:20001"]
     assert capsys.readouterr().err.count("--worker-urls http://127.0.0.1:30000 http://127.0.0.1:30002") == 2
-
-
-def command_line(*command: str) -> list[str]:
-    """What `--dry-run` prints, without what is the same always."""
-    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True, env=with_scripts())
-    python, module, name, flag, model, *rest = done.stdout.split()
-    assert (python, module, name, flag, model) == (
-        "python",
-        "-m",
-        "sglang.launch_server",
-        "--model-path",
-        str(TINY / "bf16"),
-    )
-    return rest

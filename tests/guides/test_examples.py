@@ -11,8 +11,7 @@ import yaml
 from sglang_mixed.plan import make_plan
 
 from ..engine.zygote import ROOT
-from .jobs import words
-from .test_launchers import command_line
+from .jobs import command_line, words
 
 EXAMPLES = {"qwen3-235b-a22b": (4, 4), "llama2-70b": (4, 1)}
 
