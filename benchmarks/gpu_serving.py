@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_serving.py [--layers 4] [--repeats 9] [--only NAME ...]
 
-Random weights of Qwen3-30B-A3B's shapes. All engines start at once, then answer in turns, each in a process of its own.
-Prints one JSON object a measure, and exits with 1 if a bar is missed.
+Random weights of Qwen3-30B-A3B's shapes; the whole model has 48 layers. All engines start at once, then answer in
+turns, each in a process of its own; with two GPUs those whose base is in BF16 have one to themselves. Prints one JSON
+object a measure, and exits with 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -27,8 +32,7 @@ from measure import report  # noqa: E402
 from synthetic import REAL_SIZES, write, write_map  # noqa: E402
 from tests.engine.layers import PREFIX  # noqa: E402
 
-BATCHES, NEW_TOKENS, PROMPT = (1, 16, 64), 128, 16
-ALL_EXPERTS = f"{PREFIX.replace('.0.', '.*.')}.*.*"
+BATCHES, NEW_TOKENS, PROMPT, VOCABULARY = (1, 16, 64), 128, 16, 151_936
 HOT_EXPERTS = f"{PREFIX.replace('.0.', '.*.')}.{{0..31}}.*"
 ENGINE: dict[str, Any] = {
     "attention_backend": "triton",
@@ -38,22 +42,22 @@ ENGINE: dict[str, Any] = {
     "disable_radix_cache": True,
     "skip_tokenizer_init": True,
     "max_total_tokens": 32768,
-    "mem_fraction_static": 0.8,
+    "mem_fraction_static": 0.9,
     "log_level": "error",
 }
-#: name -> (the checkpoint of stock SGLang, or a map's rules over BF16 and their first source), and the experts' kernel.
+#: name -> the checkpoint of stock SGLang; or a map's base, its rules, and the experts' kernel.
 STOCK = {"stock BF16": "bf16", "stock FP8": "fp8"}
 MAPS: dict[str, tuple[str, dict[str, str], str]] = {
     "BF16 map": ("bf16", {}, "needed"),
     "FP8 map": ("fp8", {}, "needed"),
-    "Int4 experts": ("bf16", {ALL_EXPERTS: "int4"}, "needed"),
-    "hot FP8 experts": ("bf16", {ALL_EXPERTS: "int4", HOT_EXPERTS: "fp8"}, "mixed"),
+    "Int4 map": ("int4", {}, "needed"),
+    "hot FP8 experts": ("int4", {HOT_EXPERTS: "fp8"}, "mixed"),
 }
 #: measure, numerator, denominator, bar, at which batches.
 RATIOS = [
     ("uniform BF16 map", "BF16 map", "stock BF16", 0.98, BATCHES),
     ("uniform FP8 map", "FP8 map", "stock FP8", 0.98, BATCHES),
-    ("25 % FP8 + 75 % Int4 experts", "hot FP8 experts", "Int4 experts", 0.95, BATCHES),
+    ("25 % FP8 + 75 % Int4 experts", "hot FP8 experts", "Int4 map", 0.95, BATCHES),
     ("25 % FP8 + 75 % Int4 experts", "hot FP8 experts", "BF16 map", 1.5, (1, 16)),
 ]
 
@@ -61,8 +65,10 @@ RATIOS = [
 class Answering:
     """An engine in a process of its own, which answers batches when it is asked to."""
 
-    def __init__(self, log: Path, arguments: Mapping[str, Any], wish: str | None) -> None:
-        environment = dict(os.environ) | ({"SGLANG_MIXED_GROUPED_EXPERTS": wish} if wish else {})
+    def __init__(self, log: Path, arguments: Mapping[str, Any], gpu: str, wish: str | None, cores: set[int]) -> None:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        environment |= {"SGLANG_MIXED_GROUPED_EXPERTS": wish} if wish else {}
+        self._cores = cores
         self._log, self._errors = log, log.open("w")
         command = [sys.executable, __file__, "--engine", json.dumps({**ENGINE, **arguments})]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
@@ -71,6 +77,14 @@ class Answering:
     def wait(self) -> None:
         """Until it serves. Raises RuntimeError with the log's end if it never will."""
         self._line()
+
+    def keep_to_its_cores(self) -> None:
+        """From now on; each thread of each of its processes."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.getsid(int(process.name)) == self._process.pid:
+                    for thread in (process / "task").iterdir():
+                        os.sched_setaffinity(int(thread.name), self._cores)
 
     def seconds(self, batch: int) -> float:
         """How long one batch takes it."""
@@ -114,29 +128,53 @@ def answer(arguments: dict[str, Any]) -> None:
 
 def started(folder: Path, layers: int, only: list[str]) -> dict[str, Answering]:
     """Every engine that answers, once all have started."""
-    sources = {
-        name: write(folder / name, kind, layers, "cuda", **REAL_SIZES)
-        for name, kind in (("bf16", "bf16"), ("fp8", "fp8"), ("int4", "gptq"))
-    }
-    found = {
-        name: Answering(folder / f"{name}.log", {"model_path": str(sources[kind])}, None)
-        for name, kind in STOCK.items()
-        if not only or name in only
-    }
-    for name, (first, rules, wish) in MAPS.items():
-        if only and name not in only:
-            continue
-        used = {kind: sources[kind] for kind in dict.fromkeys([first, *rules.values()])}
-        path = write_map(folder / f"{name}.yaml", rules, **used)
-        mixed = {"model_path": str(sources[first]), "enable_mixed_precision": True, "mixed_precision_config": str(path)}
-        found[name] = Answering(folder / f"{name}.log", mixed, wish)
+    kinds = {"bf16": "bf16", "fp8": "fp8", "int4": "gptq"}
+    with ThreadPoolExecutor() as pool:
+        written = pool.map(
+            lambda name: write(
+                folder / name, kinds[name], layers, "cuda", sharded=True, vocab_size=VOCABULARY, **REAL_SIZES
+            ),
+            kinds,
+        )
+        sources = dict(zip(kinds, written, strict=True))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    torch.cuda.empty_cache()
+    began = time.monotonic()
+    names = [name for name in (*STOCK, *MAPS) if not only or name in only]
+    found = {}
+    for name, cores in zip(names, shares_of_cores(len(names)), strict=True):
+        base, rules, wish = MAPS[name] if name in MAPS else (STOCK[name], {}, None)
+        arguments: dict[str, Any] = {"model_path": str(sources[base])}
+        if name in MAPS:
+            used = {kind: sources[kind] for kind in dict.fromkeys([base, *rules.values()])}
+            path = write_map(folder / f"{name}.yaml", rules, **used)
+            arguments |= {"enable_mixed_precision": True, "mixed_precision_config": str(path)}
+        found[name] = Answering(folder / f"{name}.log", arguments, gpus[base != "bf16" and -1], wish, cores)
     for name, engine in list(found.items()):
         try:
             engine.wait()
+            print(json.dumps({"engine": name, "ready_seconds": round(time.monotonic() - began)}), flush=True)
         except RuntimeError as error:
             print(json.dumps({"engine": name, "error": str(error)}), flush=True)
             del found[name]
+    for engine in found.values():
+        engine.keep_to_its_cores()
     return found
+
+
+def shares_of_cores(number: int) -> list[set[int]]:
+    """This process's cores in so many equal shares, none of which two have a half of.
+
+    Schedulers that wait never sleep: two on the halves of one core would both be slow, by chance.
+    """
+    halves: dict[str, set[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        halves.setdefault(siblings.read_text() if siblings.exists() else str(cpu), set()).add(cpu)
+    cores, each = list(halves.values()), max(1, len(halves) // number)
+    return [
+        set().union(*(cores[(share * each + core) % len(cores)] for core in range(each))) for share in range(number)
+    ]
 
 
 def main() -> int:

@@ -78,35 +78,38 @@ def write(folder: Path, kind: str, layers: int, device: str = "cpu", *, sharded:
         **{f"lm_head.{local}": one for local, one in linear("bf16", vocabulary, hidden, generator).items()},
         "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
     }
+    weight_map: dict[str, str] = {}
     for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for name, shape in linears(config).items():
-            found = linear(kind, *shape, generator)
-            tensors |= {f"{prefix}.{name}.{local}": tensor for local, tensor in found.items()}
-        router = torch.randn(config["num_experts"], hidden, generator=torch.Generator().manual_seed(layer))
-        tensors[f"{prefix}.mlp.gate.weight"] = (router * 0.03).bfloat16()
-        for norm, size in (("input_layernorm", hidden), ("post_attention_layernorm", hidden)):
-            tensors[f"{prefix}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
-        for norm in ("q_norm", "k_norm"):
-            tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(config["head_dim"], dtype=torch.bfloat16)
+        found = _layer(kind, layer, config, generator)
+        if sharded:
+            weight_map |= _save(folder, f"model-{layer}.safetensors", found)
+        else:
+            tensors |= found
+    weight_map |= _save(folder, "model-rest.safetensors" if sharded else "model.safetensors", tensors)
     if sharded:
-        _save_by_layer(folder, tensors)
-    else:
-        save_file(tensors, folder / "model.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     quantization = {"quantization_config": QUANTIZATION[kind]} if QUANTIZATION[kind] else {}
     (folder / "config.json").write_text(json.dumps({**config, **quantization}))
     return folder
 
 
-def _save_by_layer(folder: Path, tensors: Tensors) -> None:
-    files: dict[str, Tensors] = {}
-    for name, tensor in tensors.items():
-        layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
-        files.setdefault(f"model-{layer}.safetensors", {})[name] = tensor
-    for file, held in files.items():
-        save_file(held, folder / file)
-    weight_map = {name: file for file, held in files.items() for name in held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+def _layer(kind: str, layer: int, config: dict[str, Any], generator: torch.Generator) -> Tensors:
+    prefix, hidden, tensors = f"model.layers.{layer}", config["hidden_size"], Tensors()
+    for name, shape in linears(config).items():
+        found = linear(kind, *shape, generator)
+        tensors |= {f"{prefix}.{name}.{local}": tensor for local, tensor in found.items()}
+    router = torch.randn(config["num_experts"], hidden, generator=torch.Generator().manual_seed(layer))
+    tensors[f"{prefix}.mlp.gate.weight"] = (router * 0.03).bfloat16()
+    for norm, size in (("input_layernorm", hidden), ("post_attention_layernorm", hidden)):
+        tensors[f"{prefix}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+    for norm in ("q_norm", "k_norm"):
+        tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(config["head_dim"], dtype=torch.bfloat16)
+    return tensors
+
+
+def _save(folder: Path, file: str, tensors: Tensors) -> dict[str, str]:
+    save_file(tensors, folder / file)
+    return dict.fromkeys(tensors, file)
 
 
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ LEVELS = [
     {"formats"},
     {"config", "checkpoint", "kernels"},
     {"stream", "plan"},
-    {"memory", "experts", "export", "preflight", "comparison"},
+    {"file_hashes", "memory", "experts", "export", "preflight", "comparison"},
     {"sensitivity"},
     {"search"},
     {"engine", "torch", "cli"},

@@ -45,6 +45,11 @@ class StockTensor:
         return self.parameter.dtype != self.stored
 
     @property
+    def held_as(self) -> str:
+        """torch's name of the dtype it is held in."""
+        return str(self.parameter.dtype).removeprefix("torch.")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the part in the file, or in memory where the engine holds it in a narrower dtype."""
         return math.prod(self.shape) * min(self.stored.itemsize, self.parameter.dtype.itemsize)

@@ -53,8 +53,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
         proof = Proof(plan, self._stock, self._log)
         state.loading = state.Loading(plan, ledger, proof, self._request.verify_values)
         threads = torch.get_num_threads()
-        # The readers have a core to themselves; an operator that waits for one more thread there waits long.
-        torch.set_num_threads(max(1, threads - 1))
+        # The readers have a core to themselves; an operator that waits for one more thread there waits long. With a GPU
+        # only the readers compute on the host, and are as many as help.
+        torch.set_num_threads(max(1, threads - 1) if runs_on_torch_cpu() else 1)
         try:
             model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
         finally:
@@ -107,7 +108,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if not runs_on_torch_cpu():
             # SGLang's kernels repack next; after that the files' layout is gone.
             loading.proof.note_stock(loading.transfer)
-            loading.transfer.finish()
+            loading.transfer.close()
             self._stock.release()
 
 

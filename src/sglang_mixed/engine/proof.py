@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from ..errors import ProofError
+from ..file_hashes import FileHash, Request, hash_files, hash_tensor
 from ..formats import label_of
 from ..formats.slicing import rebase
 from ..kernels.compressed import CompressedWeight
 from ..memory import rank_memory
 from ..plan import Plan, PlannedModule, RankPlan
 from ..stream import ReadLog, sha256, stream
+from .cpu_platform import runs_on_torch_cpu
 from .file_tensors import StockTensor
 from .intake import Bias, Intake
 from .stock import StockParameters
@@ -141,17 +143,17 @@ class Proof:
         """Hash what SGLang's own methods hold, while it still lies as in the files."""
 
         def note(left: Iterator[tuple[str, StockTensor]]) -> None:
-            for name, tensor in left:
-                restored = tensor.restore()
-                self._memory[name] = transfer.sha256(restored)
-                if tensor.is_cast:
-                    # The engine holds another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
-                    self._casts[name] = str(restored.dtype).removeprefix("torch.")
+            for name, digest in transfer.hashes((name, tensor.restore()) for name, tensor in left):
+                self._memory[name] = digest
 
-        # The threads take turns at one iterator: most tensors are smaller than a task for each would cost.
-        new = iter([(name, tensor) for name, tensor in self._stock.tensors.items() if name not in self._memory])
+        new = {name: tensor for name, tensor in self._stock.tensors.items() if name not in self._memory}
+        # The engine may hold another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
+        self._casts |= {name: tensor.held_as for name, tensor in new.items() if tensor.is_cast}
+        # The threads take turns at one iterator: most tensors are smaller than a task for each would cost. None begins
+        # a large one when the others have ended.
+        left = iter(sorted(new.items(), key=lambda item: -item[1].nbytes))
         with ThreadPoolExecutor(transfer.hashers, "weight-hasher") as pool:
-            list(pool.map(note, [new] * transfer.hashers))
+            list(pool.map(note, [left] * transfer.hashers))
 
     def _verify(self) -> Iterator[None]:
         """A weight at a time."""
@@ -159,27 +161,35 @@ class Proof:
         for weight in self._weights:
             self._memory.update((name, sha256(tensor)) for name, tensor in weight.restore().items())
             yield
-        for name, tensor in stream(self._plan.reads(), ReadLog()):
-            self._compare(name, tensor if name in self._stock.tensors else self._rebased(name, tensor))
+        for found in self._in_files():
+            self._compare(found)
             yield
+
+    def _in_files(self) -> Iterator[FileHash]:
+        """The hashes of all planned tensors as they are held."""
+        reads = list(self._plan.reads())
+        if self._weights or runs_on_torch_cpu():
+            for name, tensor in stream(reads, ReadLog()):
+                held = tensor if name in self._stock.tensors else self._rebased(name, tensor)
+                yield hash_tensor(name, held, self._casts)
+        else:
+            yield from hash_files(Request(reads, self._casts))
 
     def _rebased(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What was read, as a weight of its own holds it."""
         module, _, local = name.rpartition(".")
         return rebase(local, tensor, self._plan.plan.modules[module].format, self._plan.parts[module].held)
 
-    def _compare(self, name: str, stored: torch.Tensor) -> None:
-        found, in_file = self._memory.get(name, "nothing"), sha256(stored)
-        cast = self._casts.get(name)
-        expected = sha256(stored.to(getattr(torch, cast))) if cast else in_file
+    def _compare(self, stored: FileHash) -> None:
+        found, expected = self._memory.get(stored.name, "nothing"), stored.as_held
         if found != expected:
             raise ProofError(
                 "a weight in memory is not what its file holds",
-                tensor=name,
+                tensor=stored.name,
                 rule=f"SHA-256 in memory: {found[:16]}..., of the file: {expected[:16]}...",
                 remedy="check that the file has not changed, and this host's memory and disk; then restart",
             )
-        self._file[name] = in_file
+        self._file[stored.name] = stored.in_file
 
     def _verify_or_end(self) -> None:
         started, main = time.perf_counter(), threading.main_thread()

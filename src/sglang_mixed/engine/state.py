@@ -49,7 +49,7 @@ class Loading:
         """Where a tensor is to be read to."""
         if read.name in self.places:
             place = self.places[read.name][1].destination()
-            return self.transfer.host(read) if place is None else place
+            return self.transfer.staged(read) if place is None else place
         if read.ranges is None:
             rows = self._rows(read)
             return self.transfer.host(read) if rows is None else rows

@@ -1,0 +1,97 @@
+"""SHA-256 of planned tensors as their files hold them, by a process of its own.
+
+    python -m sglang_mixed.file_hashes < a pickled Request > a line a tensor
+
+The scheduler of a GPU never sleeps: a thread beside it would wait for Python's lock several times a tensor, and would
+take it away from requests. This process runs at a lower priority, and ends when nobody reads its answers.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .errors import MixedPrecisionError, ProofError
+from .stream import FileRead, ReadLog, sha256, stream
+
+READERS = 4
+#: Added to the niceness of the process.
+NICENESS = 10
+
+
+class Request(NamedTuple):
+    """What to read, and full name -> torch dtype of tensors that memory holds in another dtype than the file."""
+
+    reads: Sequence[FileRead]
+    casts: Mapping[str, str]
+
+
+class FileHash(NamedTuple):
+    """SHA-256, as hexadecimal, of a tensor in its file, and of the same values in the dtype that memory holds."""
+
+    name: str
+    in_file: str
+    as_held: str
+
+
+def hash_tensor(name: str, tensor: torch.Tensor, casts: Mapping[str, str]) -> FileHash:
+    """Of a tensor that was read."""
+    in_file, cast = sha256(tensor), casts.get(name)
+    return FileHash(name, in_file, sha256(tensor.to(getattr(torch, cast))) if cast else in_file)
+
+
+def hash_files(request: Request) -> Iterator[FileHash]:
+    """Start the process and yield its answers. Raises ProofError if it cannot read a file, or ends early."""
+    command = [sys.executable, "-m", __name__]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as process:
+        assert process.stdin and process.stdout and process.stderr
+        try:
+            process.stdin.write(pickle.dumps(request))
+            process.stdin.close()
+            for line in process.stdout:
+                in_file, as_held, name = line.decode().rstrip("\n").split(" ", 2)
+                yield FileHash(name, in_file, as_held)
+            if process.wait():
+                raise ProofError(
+                    "the files could not be read a second time",
+                    rule=process.stderr.read().decode(errors="replace").strip()[-2000:],
+                    remedy="check that the sources are still there and readable; then restart",
+                )
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    """What the process does."""
+    os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the server, not before
+    torch.set_num_threads(1)
+    request: Request = pickle.load(sys.stdin.buffer)
+    writing = threading.Lock()
+
+    def answer(name: str, tensor: torch.Tensor) -> None:
+        found = hash_tensor(name, tensor, request.casts)
+        with writing:
+            print(found.in_file, found.as_held, name, flush=True)
+
+    try:
+        for _ in stream(request.reads, ReadLog(), receive=answer, readers=READERS):
+            pass
+    except MixedPrecisionError as error:
+        sys.exit(str(error))
+    except BrokenPipeError:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
