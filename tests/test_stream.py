@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sglang_mixed.checkpoint import Entry, Read
+from sglang_mixed.checkpoint import Entry, Read, read_entry, read_packed
 from sglang_mixed.errors import TruncatedFileError
 from sglang_mixed.stream import FileRead, ReadLog, sha256, stream
 
@@ -43,6 +44,29 @@ def open_reads(folder: Path) -> Iterator[FileRead]:
         for name, value in described.items()
     ]
     yield "source", path, sorted(entries, key=lambda read: read.entry.begin)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reads_packed_into_one_piece_of_memory_are_what_each_alone_is(tmp_path: Path, seed: int) -> None:
+    tensors, ((_, path, reads),) = _file(tmp_path)
+    choose = random.Random(seed)
+    cut = [read._replace(ranges=tuple(map(any_range(choose), read.entry.shape))) for read in reads if seed % 4]
+    wanted = choose.sample([*reads, *cut], len(reads)) if seed % 3 else reads
+    memory, places, end = bytearray(1 << 20), [], 0
+    for read in wanted:
+        places.append(end)
+        end += read.nbytes + choose.randrange(3)
+    with path.open("rb") as file:
+        read_packed(file.fileno(), path, wanted, memoryview(memory), places)
+        for read, place in zip(wanted, places, strict=True):
+            alone = read_entry(file.fileno(), path, read).reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert bytes(memory[place : place + read.nbytes]) == alone
+            whole = tensors[read.name][tuple(slice(*bounds) for bounds in read.ranges or ())]
+            assert alone == whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def any_range(choose: random.Random) -> Callable[[int], tuple[int, int]]:
+    return lambda size: (begin := choose.randrange(size), choose.randrange(begin, size) + 1)
 
 
 def test_every_tensor_arrives_with_its_bytes_and_its_hash(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def stream(
     planned = list(reads)
     with ExitStack() as files, ThreadPoolExecutor(readers, "weight-reader") as pool:
         limit = min(BATCH_BYTES, max((read.nbytes for _, _, entries in planned for read in entries), default=0))
-        jobs = _batches(planned, files, limit)
+        jobs = batches(planned, files, limit)
         ahead: deque[tuple[int, Future[_Batch]]] = deque()
         while True:
             while len(ahead) < readers or sum(size for size, _ in ahead) < readers * limit:
@@ -78,14 +79,19 @@ def stream(
                 del tensor
 
 
-def _batches(reads: list[FileRead], files: ExitStack, limit: int) -> Iterator[tuple[int, int, Path, list[Read]]]:
-    """(bytes, open file, its path, tensors that are read together), in file order."""
+def batches(
+    reads: Iterable[FileRead], files: ExitStack, limit: int, size_of: Callable[[Read], int] = attrgetter("nbytes")
+) -> Iterator[tuple[int, int, Path, list[Read]]]:
+    """(size, open file, its path, tensors that are read together), in file order.
+
+    No batch has more than the limit, except what is larger alone and views that one reading serves.
+    """
     for _, path, entries in reads:
         descriptor = files.enter_context(opened(path))
         batch: list[Read] = []
         size = 0
         for read in entries:
-            length = read.nbytes
+            length = size_of(read)
             if batch and size + length > limit and not read.shares(batch[-1]):
                 yield size, descriptor, path, batch
                 batch, size = [], 0

@@ -2,7 +2,7 @@
 
 from .checkpoint import Checkpoint, changed, open_checkpoint
 from .opening import opened
-from .reading import Ranges, Read, read_entries, read_entry, read_into
+from .reading import Ranges, Read, read_entries, read_entry, read_into, read_packed
 from .shard import Entry, join
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "read_entries",
     "read_entry",
     "read_into",
+    "read_packed",
 ]

@@ -103,21 +103,63 @@ def _read_matrix(descriptor: int, path: Path, read: Read, destination: torch.Ten
     return destination
 
 
+def read_packed(descriptor: int, path: Path, reads: Sequence[Read], memory: memoryview, places: Sequence[int]) -> None:
+    """Read tensors, none of them a view, to their places in one piece of memory; neighbours by one call.
+
+    Raises TruncatedFileError where the file has shrunk since its header was read.
+    """
+    runs: list[tuple[Read, int, memoryview]] = []
+    end = -1
+    for read, place in zip(reads, places, strict=True):
+        for position, nbytes in _runs(read.entry, read.ranges):
+            if position != end:
+                _read_runs(descriptor, path, runs)
+                runs = []
+            runs.append((read, position, memory[place : place + nbytes]))
+            place, end = place + nbytes, position + nbytes
+    _read_runs(descriptor, path, runs)
+
+
+def _read_runs(descriptor: int, path: Path, runs: Sequence[tuple[Read, int, memoryview]]) -> None:
+    """Bytes of the file that follow each other."""
+    if not runs:
+        return
+    (first, position, _), buffers = runs[0], [buffer for _, _, buffer in runs]
+    try:
+        read_into(descriptor, path, first.name, position, buffers)
+    except TruncatedFileError:
+        for read, position, buffer in runs:  # which of them is it that the file ends in?
+            read_into(descriptor, path, read.name, position, [buffer])
+        raise
+
+
 def _pieces(entry: Entry, ranges: Ranges | None, destination: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """(position in the file, contiguous part of the destination) of each run of bytes."""
     if destination.numel() == 0:
         return
-    depth = max((dim for dim, bounds in enumerate(ranges or ()) if bounds != (0, entry.shape[dim])), default=-1)
+    depth = _depth(entry, ranges)
+    pieces = destination.unsqueeze(0) if depth <= 0 else destination.view(-1, *destination.shape[depth:])
+    for (position, _), piece in zip(_runs(entry, ranges), pieces, strict=True):
+        yield position, piece
+
+
+def _runs(entry: Entry, ranges: Ranges | None) -> Iterator[tuple[int, int]]:
+    """(position in the file, bytes) of each run of bytes, in the order of what is wanted."""
+    depth = _depth(entry, ranges)
     if depth < 0:
-        yield entry.begin, destination
+        yield entry.begin, entry.end - entry.begin
         return
     assert ranges is not None
-    strides = [math.prod(entry.shape[dim + 1 :]) * destination.itemsize for dim in range(depth + 1)]
-    first = entry.begin + ranges[depth][0] * strides[depth]
-    pieces = destination.view(-1, *destination.shape[depth:]) if depth else destination.unsqueeze(0)
-    places = itertools.product(*(range(*bounds) for bounds in ranges[:depth]))
-    for piece, place in zip(pieces, places, strict=True):
-        yield first + sum(index * stride for index, stride in zip(place, strides, strict=False)), piece
+    strides = [math.prod(entry.shape[dim + 1 :]) * ITEM_BYTES[entry.dtype] for dim in range(depth + 1)]
+    begin, end = ranges[depth]
+    for place in itertools.product(*(range(*bounds) for bounds in ranges[:depth])):
+        position = entry.begin + sum(index * stride for index, stride in zip((*place, begin), strides, strict=True))
+        yield position, (end - begin) * strides[depth]
+
+
+def _depth(entry: Entry, ranges: Ranges | None) -> int:
+    """The last dimension of which not all is wanted; -1 if all is."""
+    return max((dim for dim, bounds in enumerate(ranges or ()) if bounds != (0, entry.shape[dim])), default=-1)
 
 
 def _buffers(piece: torch.Tensor) -> list[memoryview]:

@@ -13,7 +13,7 @@ from sglang.srt.distributed import parallel_state
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from ..plan import Rank
-from ..stream import ReadLog, stream
+from ..stream import ReadLog
 from . import state
 from .arguments import Request
 from .cpu_platform import runs_on_torch_cpu
@@ -77,13 +77,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
         if torch.cuda.is_available() and not runs_on_torch_cpu():
             loading.transfer = PinnedTransfer()
-        readers = loading.transfer.readers
         with progress(total) as self._log.advance:
-            # The reading threads pack, or copy to the GPU.
-            for name, tensor in stream(reads, self._log, loading.destination, loading.deliver, readers):
+            for name, tensor in loading.transfer.stream(reads, self._log, loading):
                 self._stock.give(name, tensor)
                 yield name, tensor
-        loading.transfer.finish()
 
     def load_weights_and_postprocess(self, model: Any, weights: Any, target_device: torch.device) -> None:
         """As SGLang's, with a look at the model between its `load_weights` and the kernels that repack."""

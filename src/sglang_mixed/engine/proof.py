@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from ..memory import rank_memory
 from ..plan import Plan, PlannedModule, RankPlan
 from ..stream import ReadLog, sha256, stream
 from .cpu_platform import runs_on_torch_cpu
-from .file_tensors import StockTensor
 from .intake import Bias, Intake
 from .stock import StockParameters
 from .transfer import Transfer
@@ -141,19 +139,12 @@ class Proof:
 
     def note_stock(self, transfer: Transfer) -> None:
         """Hash what SGLang's own methods hold, while it still lies as in the files."""
-
-        def note(left: Iterator[tuple[str, StockTensor]]) -> None:
-            for name, digest in transfer.hashes((name, tensor.restore()) for name, tensor in left):
-                self._memory[name] = digest
-
         new = {name: tensor for name, tensor in self._stock.tensors.items() if name not in self._memory}
         # The engine may hold another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
         self._casts |= {name: tensor.held_as for name, tensor in new.items() if tensor.is_cast}
-        # The threads take turns at one iterator: most tensors are smaller than a task for each would cost. None begins
-        # a large one when the others have ended.
-        left = iter(sorted(new.items(), key=lambda item: -item[1].nbytes))
-        with ThreadPoolExecutor(transfer.hashers, "weight-hasher") as pool:
-            list(pool.map(note, [left] * transfer.hashers))
+        # None begins a large one when the others have ended.
+        largest_first = sorted(new.items(), key=lambda item: -item[1].nbytes)
+        self._memory.update(transfer.hashes((name, tensor.restore()) for name, tensor in largest_first))
 
     def _verify(self) -> Iterator[None]:
         """A weight at a time."""

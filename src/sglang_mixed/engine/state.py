@@ -45,11 +45,15 @@ class Loading:
         self.ledger.expect(line, place.nbytes)
         self.places[name] = line, place
 
+    def takes(self, read: Read) -> bool:
+        """Whether a tensor has a place: what has none goes to SGLang's own loaders."""
+        return read.name in self.places
+
     def destination(self, read: Read) -> torch.Tensor | None:
         """Where a tensor is to be read to."""
         if read.name in self.places:
             place = self.places[read.name][1].destination()
-            return self.transfer.staged(read) if place is None else place
+            return self.transfer.host(read) if place is None else place
         if read.ranges is None:
             rows = self._rows(read)
             return self.transfer.host(read) if rows is None else rows

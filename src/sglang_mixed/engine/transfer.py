@@ -1,193 +1,242 @@
-"""How bytes get from files into parameters and, for the proof, back: straight on the host, page-locked with a GPU."""
+"""How bytes get from files into parameters and, for the proof, back: straight on the host, page-locked with a GPU.
+
+Python's lock is what a load waits for where tensors are small, and every operator of torch's lends it to another
+thread. So with a GPU one thread calls torch, and the others do what needs no lock: they read, and they hash.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
-import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Protocol
 
 import torch
 
-from ..checkpoint import Read
+from ..checkpoint import Read, read_packed
 from ..formats.base import TORCH_DTYPES
-from ..stream import BATCH_BYTES, READERS, sha256
+from ..stream import READERS, FileRead, ReadLog, batches, sha256, stream
 
+#: Bytes of page-locked memory that a batch of small tensors passes through. To lock a MiB takes a millisecond.
+SLAB = 4 << 20
 #: Bytes of tensors that get page-locked memory of their own: what is larger would lock more than it saves.
 PINNED_TO = 64 << 20
-#: Bytes of a half of a lane's memory: a batch that a thread reads at once fits in it.
-HALF = BATCH_BYTES
-#: Bytes on their way to the GPU for each thread until it waits for them.
-IN_FLIGHT = 32 << 20
+#: Bytes on their way to the GPU, beside those in slabs, until they are waited for.
+IN_FLIGHT = 128 << 20
 #: The strictest alignment of a dtype, and of the processor's copies.
 ALIGNMENT = 64
 MOST_READERS, MOST_HASHERS = 8, 16
 
 
+class Receiver(Protocol):
+    """What is being loaded."""
+
+    def destination(self, read: Read) -> torch.Tensor | None:
+        """Where a tensor is to be read to; None for memory of its own."""
+
+    def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Take a tensor, by `Transfer.copy`, or return what others are to be given."""
+
+    def takes(self, read: Read) -> bool:
+        """Whether `deliver` will take the tensor."""
+
+
 class Transfer:
     """Of parameters in the memory that files are read to."""
 
-    #: How many read, and how many hash.
-    readers, hashers = READERS, 1
-
-    def staged(self, read: Read) -> torch.Tensor | None:
-        """Where a tensor is to be read to that will be given to `copy`; None for memory of its own."""
-        return None
+    def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read and deliver; yields what others are to be given. At the end all copies have arrived."""
+        yield from stream(reads, log, receiver.destination, receiver.deliver)
 
     def host(self, read: Read) -> torch.Tensor | None:
-        """Where a tensor is to be read to that others will copy; None for memory of its own."""
+        """Where a tensor is to be read to that has no place of its own on the host; None for memory of its own."""
         return None
 
     def copy(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Begin to copy what was read. The tensor may be let go, the place not be read before `finish`."""
+        """Copy what was read; with a GPU, begin to."""
         place.copy_(tensor)
-
-    def finish(self) -> None:
-        """All copies have arrived."""
-
-    def close(self) -> None:
-        """What was borrowed is given back."""
 
     def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
         """(name, SHA-256 of the tensor's bytes in row-major order, as hexadecimal)."""
         return ((name, sha256(tensor)) for name, tensor in tensors)
 
+    def close(self) -> None:
+        """What was borrowed is given back."""
+
 
 class PinnedTransfer(Transfer):
-    """To the current GPU and back, each thread by a lane of its own."""
+    """To the current GPU and back. Small tensors travel in batches, each through a slab."""
 
     def __init__(self) -> None:
         cores = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
-        self.readers, self.hashers = (max(READERS, min(most, cores)) for most in (MOST_READERS, MOST_HASHERS))
+        self._readers, self._hashers = (max(READERS, min(most, cores)) for most in (MOST_READERS, MOST_HASHERS))
         self._device = torch.cuda.current_device()
-        #: Thread -> its lane; lanes whose threads have ended.
-        self._lanes: dict[int, Lane] = {}
-        self._idle: list[Lane] = []
+        self._slabs: deque[Slab] = deque()
+        self._places: list[torch.Tensor] = []
+        self._tensors: list[torch.Tensor] = []
+        self._nbytes = 0
 
-    def staged(self, read: Read) -> torch.Tensor | None:
-        """A part of the lane's memory."""
-        lane, dtype = self._lane(), TORCH_DTYPES[read.entry.dtype]
-        return lane.lend(read.shape, dtype) if read.nbytes <= HALF else self.host(read)
+    def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
+        """Small tensors that have a place first, and then all others."""
+        small = [
+            [read.nbytes <= SLAB and read.entry.view is None and receiver.takes(read) for read in of]
+            for _, _, of in reads
+        ]
+        self._stream_small(_chosen(reads, small, True), log, receiver)
+        for name, tensor in stream(_chosen(reads, small, False), log, receiver.destination, readers=self._readers):
+            if (given := receiver.deliver(name, tensor)) is not None:
+                yield name, given
+        self._send()
+        torch.cuda.synchronize()
 
     def host(self, read: Read) -> torch.Tensor | None:
         """Page-locked memory, which torch's allocator lends to nobody else while a copy still reads from it."""
-        self._lane()  # a thread's first call to CUDA chooses its GPU
-        return _pinned(read.shape, TORCH_DTYPES[read.entry.dtype]) if read.nbytes <= PINNED_TO else None
+        if read.nbytes > PINNED_TO:
+            return None
+        torch.cuda.set_device(self._device)  # of this thread
+        return _pinned(read.shape, TORCH_DTYPES[read.entry.dtype])
 
     def copy(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
-        """With others that the lane has gathered."""
-        self._lane().gather(place, tensor)
-
-    def finish(self) -> None:
-        """Send what is left, wait for all of it, and keep the lanes for other threads."""
-        self._idle += self._lanes.values()
-        self._lanes.clear()
-        for lane in self._idle:
-            lane.send()
-        torch.cuda.synchronize()
-
-    def close(self) -> None:
-        """All page-locked memory. No thread of another call copies any longer."""
-        self._idle.clear()
-        self._lanes.clear()
-        give_back = getattr(torch._C, "_host_emptyCache", None)  # private: torch 2.11 has no other name
-        if give_back is not None:
-            give_back()
-
-    def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
-        """As many tensors at once as the lane's memory holds, and what is larger in pieces."""
-        lane, batch, nbytes = self._lane(), dict[str, torch.Tensor](), 0
-        for name, tensor in tensors:
-            if tensor.nbytes > HALF:
-                yield name, lane.sha256(tensor)
-                continue
-            if nbytes + tensor.nbytes > HALF:
-                yield from zip(batch, lane.sha256_of_each(list(batch.values())), strict=True)
-                batch, nbytes = {}, 0
-            batch[name] = tensor
-            nbytes += _aligned(tensor.nbytes)
-        yield from zip(batch, lane.sha256_of_each(list(batch.values())), strict=True)
-
-    def _lane(self) -> Lane:
-        thread = threading.get_ident()
-        if (lane := self._lanes.get(thread)) is None:
-            torch.cuda.set_device(self._device)
-            lane = self._lanes[thread] = self._idle.pop() if self._idle else Lane()
-        return lane
-
-
-class Lane:
-    """A stream, and page-locked memory in two halves: one fills while the GPU copies from the other."""
-
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # What the main thread has begun, such as zeros in all parameters, comes first.
-        self._stream.wait_stream(torch.cuda.default_stream())
-        self._halves = [_pinned((HALF,), torch.uint8) for _ in range(2)]
-        self._left = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-        self._used = self._nbytes = 0
-        self._places: list[torch.Tensor] = []
-        self._tensors: list[torch.Tensor] = []
-
-    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a tensor of at most `HALF` bytes, until it was sent."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if self._used + nbytes > HALF:
-            self._turn()
-        begin, self._used = self._used, self._used + _aligned(nbytes)
-        return self._halves[0][begin : begin + nbytes].view(dtype).view(shape)
-
-    def gather(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Send it with others."""
+        """With others, by one call."""
         self._places.append(place)
         self._tensors.append(tensor)
         self._nbytes += tensor.nbytes
         if self._nbytes > IN_FLIGHT:
-            self.send()
-            self._stream.synchronize()
-            self._used = 0
+            self._send()
+            torch.cuda.synchronize()
 
-    def send(self) -> None:
-        """Begin to copy what was gathered."""
+    def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
+        """Small ones in batches, and what is larger in pieces."""
+        prepared: deque[tuple[Slab, list[str], Future[list[str]]]] = deque()
+        with ThreadPoolExecutor(self._hashers, "weight-hasher", torch.cuda.set_device, (self._device,)) as pool:
+            for batch in _small_together(tensors):
+                if len(prepared) > self._hashers:
+                    yield from self._finished(*prepared.popleft())
+                slab, (names, parts) = self._free_slab(), zip(*batch, strict=True)
+                if parts[0].nbytes > SLAB:
+                    job = pool.submit(slab.sha256_in_pieces, parts[0])
+                else:
+                    sizes = [part.nbytes for part in parts]
+                    places = slab.lay_out(sizes)
+                    copies = [slab.view(at, part.shape, part.dtype) for at, part in zip(places, parts, strict=True)]
+                    torch._foreach_copy_(copies, list(parts), non_blocking=True)
+                    slab.use()
+                    job = pool.submit(slab.sha256_of_each, places, sizes)
+                prepared.append((slab, list(names), job))
+            while prepared:
+                yield from self._finished(*prepared.popleft())
+
+    def close(self) -> None:
+        """All page-locked memory."""
+        self._slabs.clear()
+        give_back = getattr(torch._C, "_host_emptyCache", None)  # private: torch 2.11 has no other name
+        if give_back is not None:
+            give_back()
+
+    def _stream_small(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> None:
+        """Readers fill slabs; from those tensors are delivered."""
+        ahead: deque[tuple[Slab, list[Read], list[int], Future[None]]] = deque()
+        with ExitStack() as files, ThreadPoolExecutor(self._readers, "weight-reader") as pool:
+            jobs = batches(reads, files, SLAB, lambda read: _aligned(read.nbytes))
+            while True:
+                for _, descriptor, path, entries in itertools.islice(jobs, self._readers - len(ahead)):
+                    slab = self._free_slab()
+                    slab.wait()
+                    places = slab.lay_out([read.nbytes for read in entries])
+                    job = pool.submit(read_packed, descriptor, path, entries, slab.memory, places)
+                    ahead.append((slab, entries, places, job))
+                if not ahead:
+                    return
+                slab, entries, places, job = ahead.popleft()
+                job.result()
+                log.add(sum(read.nbytes for read in entries))
+                for at, read in zip(places, entries, strict=True):
+                    receiver.deliver(read.name, slab.view(at, read.shape, TORCH_DTYPES[read.entry.dtype]))
+                self._send()
+                slab.use()
+                self._slabs.append(slab)
+
+    def _finished(self, slab: Slab, names: list[str], job: Future[list[str]]) -> Iterator[tuple[str, str]]:
+        yield from zip(names, job.result(), strict=True)
+        self._slabs.append(slab)
+
+    def _free_slab(self) -> Slab:
+        return self._slabs.popleft() if self._slabs else Slab()
+
+    def _send(self) -> None:
         if self._places:
-            with torch.cuda.stream(self._stream):
-                torch._foreach_copy_(self._places, self._tensors, non_blocking=True)
-            self._places, self._tensors, self._nbytes = [], [], 0
+            torch._foreach_copy_(self._places, self._tensors, non_blocking=True)
+        self._places, self._tensors, self._nbytes = [], [], 0
 
-    def sha256(self, tensor: torch.Tensor) -> str:
-        """Of a tensor of any size, a piece after the other."""
-        half, digest = self._halves[0], hashlib.sha256()
-        with torch.cuda.stream(self._stream):
-            data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            for begin in range(0, len(data), HALF):
-                part = data[begin : begin + HALF]
-                piece = half[: len(part)].copy_(part, non_blocking=True)
-                self._stream.synchronize()
-                digest.update(piece.numpy().data)
-        return digest.hexdigest()
 
-    def sha256_of_each(self, tensors: list[torch.Tensor]) -> Iterator[str]:
-        """Of tensors that fit in one half together."""
-        self._used = 0
-        copies = [self.lend(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-        ends = [copy.storage_offset() * copy.itemsize + copy.nbytes for copy in copies]
-        for copy, tensor in zip(copies, tensors, strict=True):
-            self.gather(copy, tensor)
-        self.send()
-        self._stream.synchronize()
-        memory, self._used = self._halves[0].numpy().data, 0
-        for end, tensor in zip(ends, tensors, strict=True):
-            yield hashlib.sha256(memory[end - tensor.nbytes : end]).hexdigest()
+class Slab:
+    """Page-locked memory for a batch of tensors, and what the GPU still does with it."""
 
-    def _turn(self) -> None:
-        """Send this half, and fill the other one once nothing is copied from it any longer."""
-        self.send()
-        self._left[0].record(self._stream)
-        self._halves.reverse()
-        self._left.reverse()
-        self._left[0].synchronize()
-        self._used = 0
+    def __init__(self) -> None:
+        self._bytes = _pinned((SLAB,), torch.uint8)
+        self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.memory = self._bytes.numpy().data
+
+    def use(self) -> None:
+        """What was begun until now uses it."""
+        self._used.record()
+
+    def wait(self) -> None:
+        """Until nothing uses it."""
+        self._used.synchronize()
+
+    def lay_out(self, sizes: Sequence[int]) -> list[int]:
+        """Where tensors of so many bytes, which are at most `SLAB` with their alignment, are to begin."""
+        return list(itertools.accumulate(map(_aligned, sizes[:-1]), initial=0))
+
+    def view(self, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in it."""
+        return self._bytes[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def sha256_of_each(self, places: Sequence[int], sizes: Sequence[int]) -> list[str]:
+        """Of its parts, once they have arrived."""
+        self.wait()
+        parts = (self.memory[begin : begin + size] for begin, size in zip(places, sizes, strict=True))
+        return [hashlib.sha256(part).hexdigest() for part in parts]
+
+    def sha256_in_pieces(self, tensor: torch.Tensor) -> list[str]:
+        """Of a tensor of any size on the GPU."""
+        digest, data = hashlib.sha256(), tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for begin in range(0, len(data), SLAB):
+            part = data[begin : begin + SLAB]
+            self._bytes[: len(part)].copy_(part, non_blocking=True)
+            self.use()
+            self.wait()
+            digest.update(self.memory[: len(part)])
+        return [digest.hexdigest()]
+
+
+def _chosen(reads: Sequence[FileRead], marks: Sequence[Sequence[bool]], mark: bool) -> list[FileRead]:
+    """The reads that are marked so."""
+    found = [
+        (source, path, [read for read, one in zip(of, row, strict=True) if one == mark])
+        for (source, path, of), row in zip(reads, marks, strict=True)
+    ]
+    return [file for file in found if file[2]]
+
+
+def _small_together(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """As many at a time as a slab holds, and what is larger alone."""
+    batch: list[tuple[str, torch.Tensor]] = []
+    left = SLAB
+    for name, tensor in tensors:
+        if batch and tensor.nbytes > left:
+            yield batch
+            batch, left = [], SLAB
+        batch.append((name, tensor))
+        left -= _aligned(tensor.nbytes)
+    if batch:
+        yield batch
 
 
 def _aligned(nbytes: int) -> int:
