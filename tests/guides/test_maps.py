@@ -81,17 +81,21 @@ def sources(plan: Plan) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("text", "int4"),
     [
-        (SOURCES + ATTENTION + EXPERTS + SECTIONS, "int4"),  # API guide
-        (SOURCES + ATTENTION + EXPERTS, "gptq_int4"),  # TP/DP guide
-        (SOURCES + ATTENTION + EXPERTS + OTHERS, "int4"),  # native-integration guide
+        (SOURCES + ATTENTION + DENSE + EXPERTS + SECTIONS, "int4"),  # API guide
+        (SOURCES + ATTENTION + DENSE + EXPERTS, "gptq_int4"),  # TP/DP guide
+        (SOURCES + ATTENTION + DENSE + EXPERTS + OTHERS, "int4"),  # native-integration guide
     ],
 )
 def test_a_guides_map_is_followed(text: str, int4: str, tmp_path: Path) -> None:
-    """What it does not name comes from the base model."""
-    found = sources(make_plan(written(tmp_path, text, int4), base=str(TINY / "bf16")))
+    """What it does not name is the base's; lines for a dense MLP beside experts map nothing, and that is said."""
+    plan = make_plan(written(tmp_path, text, int4), base=str(TINY / "bf16"))
+    found = sources(plan)
     expert = {f"model.layers.0.mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")}
     assert {name for name, source in found.items() if source == int4} == expert
     assert {source for name, source in found.items() if name not in expert} == {"fp16"}
+    said = [warning for warning in plan.warnings if "maps nothing" in warning]
+    assert [warning.split('"')[1] for warning in said] == [line.split('"')[1] for line in DENSE.splitlines()]
+    assert all(warning.endswith("that layer of the model has experts") for warning in said)
 
 
 def test_its_sections_become_sglangs_arguments(tmp_path: Path) -> None:
@@ -106,15 +110,30 @@ def test_its_sections_become_sglangs_arguments(tmp_path: Path) -> None:
     assert (found["host"], found["port"], found["tokenizer_worker_num"]) == ("127.0.0.1", 8080, 4)
 
 
-def test_a_layer_has_a_dense_mlp_or_experts_and_a_line_for_the_other_is_refused(tmp_path: Path) -> None:
-    file = written(tmp_path, SOURCES + ATTENTION + DENSE + EXPERTS)
-    with pytest.raises(PatternError, match=r"mlp\.gate_proj\.weight' matches no weight of the model"):
-        make_plan(file)
+def test_the_same_map_serves_a_dense_model(tmp_path: Path) -> None:
     base, fp8 = models.write(tmp_path / "bf16", experts=0), models.write(tmp_path / "fp8", "fp8", experts=0)
-    dense = f"mixed_precision:\n  fp16_path: {base}\n  fp8_path: {fp8}\n" + ATTENTION + DENSE
-    found = sources(make_plan(written(tmp_path, dense), base=str(base)))
+    text = f"mixed_precision:\n  fp16_path: {base}\n  fp8_path: {fp8}\n" + ATTENTION + DENSE + EXPERTS
+    plan = make_plan(written(tmp_path, text, "fp8"), base=str(base))
     mlp = {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
-    assert {name for name, source in found.items() if source == "fp8"} == mlp
+    assert {name for name, source in sources(plan).items() if source == "fp8"} == mlp
+    assert sum(warning.endswith("that layer of the model has a dense MLP") for warning in plan.warnings) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.7.mlp.gate_proj.weight",  # no such layer
+        "model.layers.0.mlp.experts.99.gate_proj.weight",  # no such expert
+        "model.layers.0.mlp.gate_projection.weight",
+        "model.layers.0.gate_proj.weight",
+        "model.layers.{0,1}.mlp.gate_proj.weight",  # a pattern was written to match something
+        "model.layers.*.mlp.gate_proj",
+    ],
+)
+def test_a_line_that_no_kind_of_layer_explains_is_refused(name: str, tmp_path: Path) -> None:
+    file = written(tmp_path, SOURCES + ATTENTION + f'    "{name}": "fp8"\n')
+    with pytest.raises(PatternError, match="matches no weight of the model"):
+        make_plan(file, base=str(TINY / "bf16"))
 
 
 def test_globs_reach_every_layer_of_a_map_that_has_sources(tmp_path: Path) -> None:

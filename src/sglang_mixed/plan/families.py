@@ -132,6 +132,21 @@ def num_experts(config: Mapping[str, Any]) -> int:
     return next((int(text[name]) for name in names if text.get(name)), 0)
 
 
+def other_mlp(name: str) -> tuple[str, ...]:
+    """Of a dense MLP's matrix: what its layer has if it has experts instead; of an expert's, the reverse.
+
+    None of other names. Some of what is returned is in the model if its layer is of the other kind.
+    """
+    parts = {part for names in EXPERTS for part in names}
+    parent, _, last = name.rpartition(".")
+    above, _, number = parent.rpartition(".")
+    if last not in parts:
+        return ()
+    if number.isdigit() and above.endswith(".experts"):
+        return tuple(f"{above.removesuffix('.experts')}.{part}" for part in parts)
+    return tuple(f"{parent}.experts.0.{part}" for part in parts) if number in _MLPS else ()
+
+
 def never_loaded(modules: Iterable[str], config: Mapping[str, Any]) -> set[str]:
     """Modules a checkpoint may hold and the engine leaves aside: rotary tables, MTP layers, a tied head, vision."""
     text, architectures = text_config(config), config.get("architectures") or ()

@@ -84,6 +84,9 @@ def _compare(
 def _notices(described: MixedPrecisionMap, assignment: Assignment, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     unused = [name for name in described.sources if name not in checkpoints]
     notices = [f"source {name!r} is declared and gives no weight" for name in unused]
+    for rule in assignment.foreign:
+        found = "a dense MLP" if ".experts." in rule.pattern else "experts"
+        notices.append(f'line {rule.line} "{rule.pattern}" maps nothing: that layer of the model has {found}')
     for rule in idle_rules(described, assignment):
         notices.append(f'line {rule.line} "{rule.pattern}" has no effect: later or exact lines override it everywhere')
     return notices

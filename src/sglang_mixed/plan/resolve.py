@@ -14,7 +14,7 @@ from ..config import MixedPrecisionMap, Rule
 from ..errors import PatternError, nearest
 from ..patterns import NameTree, Pattern
 from .complete import check_complete
-from .families import never_loaded
+from .families import never_loaded, other_mlp
 from .fold import by_template, split_name
 
 _WEIGHT = ("weight",)
@@ -22,10 +22,14 @@ _WEIGHT = ("weight",)
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """`rules`: module -> the rule that decided it, in the base's order; None where the default did."""
+    """`rules`: module -> the rule that decided it, in the base's order; None where the default did.
+
+    `foreign`: rules that name a dense MLP where the model has experts, or the reverse; they decide nothing.
+    """
 
     default: str
     rules: dict[str, Rule | None]
+    foreign: tuple[Rule, ...] = ()
 
     def source(self, module: str) -> str:
         """The source a module comes from."""
@@ -65,7 +69,8 @@ def source_at(described: MixedPrecisionMap, path: Path | None) -> str | None:
 def assign(described: MixedPrecisionMap, default: str, base: Checkpoint) -> Assignment:
     """Resolve every rule: an exact name beats a pattern; among either, the later line wins.
 
-    Raises PatternError for a rule that names no module of the base, CoverageError for a base that lacks layers.
+    Raises PatternError for a rule that names no module of the base (other than one that would be there if the layer's
+    MLP was of the other kind: maps for families of models name both), CoverageError for a base that lacks layers.
     """
     modules = base.modules
     skipped = never_loaded(modules, base.config)
@@ -75,18 +80,21 @@ def assign(described: MixedPrecisionMap, default: str, base: Checkpoint) -> Assi
     kinds, nameable = modules.kinds, [_nameable(tensors) for tensors in modules.tensors_of_kinds]
     tree = NameTree(decided, lambda name: nameable[kinds[name]])
     check_complete(tree, base)
+    foreign = []
     parsed = list(zip(described.rules, described.patterns(), strict=True))
     for rule, pattern in sorted(parsed, key=lambda pair: pair[1].exact):
         matched = tree.match(pattern)
-        if not matched:
+        if not matched and any(name in decided for name in other_mlp(rule.pattern.removesuffix(".weight"))):
+            foreign.append(rule)
+        elif not matched:
             raise _unmatched(described, rule, pattern, decided, skipped)
         decided.update(dict.fromkeys(matched, rule))
-    return Assignment(default, decided)
+    return Assignment(default, decided, tuple(foreign))
 
 
 def idle_rules(described: MixedPrecisionMap, assignment: Assignment) -> list[Rule]:
     """Rules that later or exact ones override everywhere."""
-    active = set(assignment.active)
+    active = {*assignment.active, *assignment.foreign}
     return [rule for rule in described.rules if rule not in active]
 
 
