@@ -53,6 +53,15 @@ def test_arrows_run_downward_only(path: Path) -> None:
         assert LEVEL[parts[1]] < LEVEL[room], f"{room} imports {name}"
 
 
+@pytest.mark.parametrize("path", sorted((SOURCE / "engine").rglob("*.py")), ids=lambda path: path.name)
+def test_within_the_engine_layers_know_loading_and_neither_knows_who_asks(path: Path) -> None:
+    order = ["loading", "layers", "serving"]
+    room = path.relative_to(SOURCE / "engine").parts[0]
+    if room in order:
+        above = tuple(f"sglang_mixed.engine.{one}." for one in order[order.index(room) + 1 :])
+        assert [name for name in imports(path) if name.startswith(above)] == []
+
+
 @pytest.mark.parametrize(("library", "room"), [("sglang", "engine"), ("yaml", "yaml_lines"), ("typer", "cli")])
 def test_a_library_is_known_in_one_room(library: str, room: str) -> None:
     users = {room_of(path) for path in FILES for name in imports(path) if name.split(".")[0] == library}

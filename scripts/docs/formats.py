@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from sglang_mixed.engine.linear_methods import why_not as why_not_stock
+from sglang_mixed.engine.layers.linear_methods import why_not as why_not_stock
 from sglang_mixed.formats import FORMATS, ModuleFormat, get_format, nbytes, tensor_specs
 from sglang_mixed.formats.awq import AWQParameters
 from sglang_mixed.formats.fp8 import FP8Parameters

@@ -52,7 +52,7 @@ class Layers:
 
     def qkv(self, plan: RankPlan) -> Callable[[torch.Tensor], torch.Tensor]:
         """The fused layer's function."""
-        from sglang_mixed.engine.split_linear import SplitLinear
+        from sglang_mixed.engine.layers.split_linear import SplitLinear
 
         parts = [plan.plan.modules[f"{ATTENTION}.{part}_proj"] for part in "qkv"]
         rows = [part.format.shape[0] for part in parts]

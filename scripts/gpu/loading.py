@@ -100,7 +100,7 @@ class Loads:
 
 def _leave_out_products() -> None:
     """Nothing is multiplied here: only what repacks is compiled."""
-    from sglang_mixed.engine import kernel_builds, loader
+    from sglang_mixed.engine.loading import kernel_builds, loader
 
     loader.KernelBuilds = lambda kernels, speaks: kernel_builds.KernelBuilds(  # type: ignore[assignment, misc]
         [kernel for kernel in kernels if "repack" in kernel.module], speaks

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import MixedPrecisionMap as MixedPrecisionConfig
     from .engine.python_api import SGLangMixedPrecisionLoader, get_global_true_mixed_precision_loader
     from .engine.python_api import SGLangMixedPrecisionLoader as TrueMixedPrecisionLoader
-    from .engine.statistics import (
+    from .engine.serving.statistics import (
         export_expert_activation_stats,
         get_expert_activation_stats,
         get_global_expert_tracker,
@@ -52,11 +52,11 @@ _HOMES = {
     "make_plan": "plan",
     "ExpertActivationTracker": "experts",
     "load_plan": "torch",
-    "export_expert_activation_stats": "engine.statistics",
-    "get_expert_activation_stats": "engine.statistics",
-    "get_global_expert_tracker": "engine.statistics",
-    "get_mixed_precision_memory_stats": "engine.statistics",
-    "reset_expert_activation_stats": "engine.statistics",
+    "export_expert_activation_stats": "engine.serving.statistics",
+    "get_expert_activation_stats": "engine.serving.statistics",
+    "get_global_expert_tracker": "engine.serving.statistics",
+    "get_mixed_precision_memory_stats": "engine.serving.statistics",
+    "reset_expert_activation_stats": "engine.serving.statistics",
 }
 __all__ = [
     "Checkpoint",

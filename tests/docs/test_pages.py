@@ -55,12 +55,12 @@ def test_what_is_raised_here_is_found_on_the_page() -> None:
 
 
 def test_every_route_and_metric_is_described() -> None:
-    described, routes = page("http.md"), (ENGINE / "routes.py").read_text()
+    described, routes = page("http.md"), (ENGINE / "serving" / "routes.py").read_text()
     found = re.findall(r'add_api_route\(f?"?({?PREFIX}?[^",]*)"?, \w+, methods=\["(\w+)"\]', routes)
     assert len(found) == routes.count("add_api_route")
     for path, method in found:
         assert f"## {method} {path.replace('{PREFIX}', 'PREFIX').replace('PREFIX', '/mixed_precision')}\n" in described
-    metrics = set(re.findall(r'"(sglang_mixed_\w+)"', (ENGINE / "metrics.py").read_text()))
+    metrics = set(re.findall(r'"(sglang_mixed_\w+)"', (ENGINE / "serving" / "metrics.py").read_text()))
     assert len(metrics) > 5
     assert all(f"`{name}`" in described or f"`{name}_total`" in described for name in metrics)
 

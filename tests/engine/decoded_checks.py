@@ -14,10 +14,10 @@ from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from sglang_mixed.engine.grouped_moe import MixedMoE
+from sglang_mixed.engine.layers.grouped_moe import MixedMoE
+from sglang_mixed.engine.layers.split_linear import SplitLinear
+from sglang_mixed.engine.layers.stock_methods import StockMethods
 from sglang_mixed.engine.names import expert_modules
-from sglang_mixed.engine.split_linear import SplitLinear
-from sglang_mixed.engine.stock_methods import StockMethods
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 
 from .layers import fill

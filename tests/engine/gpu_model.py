@@ -53,7 +53,8 @@ def load(path: str) -> Any:
 
 def replace_gpu() -> None:
     """Have our loader and methods believe in a GPU whose kernels are stand-ins."""
-    from sglang_mixed.engine import decoded, loader, quantization
+    from sglang_mixed.engine.layers import decoded, quantization
+    from sglang_mixed.engine.loading import loader
 
     from .stand_ins import replace_expert_kernels, replace_linear_kernels
 

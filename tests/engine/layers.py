@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sglang_mixed.engine import state
-from sglang_mixed.engine.ledger import Ledger
+from sglang_mixed.engine.loading.ledger import Ledger
 from sglang_mixed.plan import RankPlan
 from sglang_mixed.stream import ReadLog, stream
 
@@ -178,7 +178,7 @@ def experts(rank: RankPlan, device: str, dtype: torch.dtype = torch.bfloat16) ->
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-    from sglang_mixed.engine.grouped_moe import MixedMoE
+    from sglang_mixed.engine.layers.grouped_moe import MixedMoE
     from sglang_mixed.engine.names import expert_modules
 
     modules, layer = rank.plan.modules, torch.nn.Module()

@@ -12,8 +12,8 @@ import torch
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
 
-from sglang_mixed.engine import expert_kernels, grouped_moe
-from sglang_mixed.engine.split_linear import LinearRun
+from sglang_mixed.engine.layers import expert_kernels, grouped_moe
+from sglang_mixed.engine.layers.split_linear import LinearRun
 from sglang_mixed.formats.awq import unpack_columns
 from sglang_mixed.formats.gptq import unpack
 

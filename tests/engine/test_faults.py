@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_mixed.engine import proof as proof_module
-from sglang_mixed.engine.intake import Intake
-from sglang_mixed.engine.ledger import Ledger
-from sglang_mixed.engine.proof import Proof
-from sglang_mixed.engine.stock import StockParameters
+from sglang_mixed.engine.loading import proof as proof_module
+from sglang_mixed.engine.loading.intake import Intake
+from sglang_mixed.engine.loading.ledger import Ledger
+from sglang_mixed.engine.loading.proof import Proof
+from sglang_mixed.engine.loading.stock import StockParameters
 from sglang_mixed.errors import ProofError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog

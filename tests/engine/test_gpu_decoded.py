@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sglang_mixed.engine import decoded
-from sglang_mixed.engine.grouped_moe import share_out
+from sglang_mixed.engine.layers import decoded
+from sglang_mixed.engine.layers.grouped_moe import share_out
 from sglang_mixed.engine.names import expert_modules
 from sglang_mixed.errors import EngineError, UnsupportedError
 from sglang_mixed.plan import make_plan

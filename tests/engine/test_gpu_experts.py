@@ -18,9 +18,9 @@ from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from sglang_mixed.engine.decoded import GROUPED_EXPERTS
-from sglang_mixed.engine.file_tensors import FileTensors
-from sglang_mixed.engine.grouped_moe import MixedMoE
+from sglang_mixed.engine.layers.decoded import GROUPED_EXPERTS
+from sglang_mixed.engine.layers.grouped_moe import MixedMoE
+from sglang_mixed.engine.loading.file_tensors import FileTensors
 from sglang_mixed.engine.names import expert_modules
 from sglang_mixed.errors import InvalidValueError, LedgerError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan

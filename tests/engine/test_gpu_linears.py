@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_mixed.engine.file_tensors import FileTensors
-from sglang_mixed.engine.split_linear import SplitLinear
-from sglang_mixed.engine.stock_methods import StockMethods
+from sglang_mixed.engine.layers.split_linear import SplitLinear
+from sglang_mixed.engine.layers.stock_methods import StockMethods
+from sglang_mixed.engine.loading.file_tensors import FileTensors
 from sglang_mixed.errors import UnsupportedError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog, sha256, stream

@@ -14,11 +14,19 @@ import pytest
 import torch
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 
-from sglang_mixed.engine import kernel_builds
-from sglang_mixed.engine.decoded import GROUPED_EXPERTS
-from sglang_mixed.engine.grouped_moe import MixedMoE
-from sglang_mixed.engine.kernel_builds import TARGET, Kernel, KernelBuilds, cache_folder, experts, linear, repacking
-from sglang_mixed.engine.linear_methods import compiled
+from sglang_mixed.engine.layers.decoded import GROUPED_EXPERTS
+from sglang_mixed.engine.layers.grouped_moe import MixedMoE
+from sglang_mixed.engine.layers.linear_methods import compiled
+from sglang_mixed.engine.loading import kernel_builds
+from sglang_mixed.engine.loading.kernel_builds import (
+    TARGET,
+    Kernel,
+    KernelBuilds,
+    cache_folder,
+    experts,
+    linear,
+    repacking,
+)
 from sglang_mixed.engine.names import expert_modules
 from sglang_mixed.plan import Rank, make_plan
 

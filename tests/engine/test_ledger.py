@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_mixed.engine.intake import Intake
-from sglang_mixed.engine.ledger import Ledger, Line
-from sglang_mixed.engine.stock import StockParameters
+from sglang_mixed.engine.loading.intake import Intake
+from sglang_mixed.engine.loading.ledger import Ledger, Line
+from sglang_mixed.engine.loading.stock import StockParameters
 from sglang_mixed.errors import LedgerError
 from sglang_mixed.formats import detect
 from sglang_mixed.formats.base import TensorInfo

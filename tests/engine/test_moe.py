@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 
-from sglang_mixed.engine.moe import CPUMoEMethod
+from sglang_mixed.engine.layers.moe import CPUMoEMethod
 from sglang_mixed.errors import UnsupportedError
 from sglang_mixed.plan import make_plan
 

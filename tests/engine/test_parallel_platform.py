@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sglang_mixed.cli.proof import fetch_proof, print_proof
 from sglang_mixed.client import every_rank
-from sglang_mixed.engine.cpu_parallel import parse_cores, ranks_on_host, share_cores, use_route_to
+from sglang_mixed.engine.cpu.parallel import parse_cores, ranks_on_host, share_cores, use_route_to
 
 from .comparison import REQUEST, differing_tokens, largest_difference
 from .hosts import TwoHosts

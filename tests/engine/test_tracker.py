@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_mixed.engine import tracking
-from sglang_mixed.engine.tracking import MOST_ROWS_KEPT, ExpertTracker
+from sglang_mixed.engine.serving import tracking
+from sglang_mixed.engine.serving.tracking import MOST_ROWS_KEPT, ExpertTracker
 
 LAYERS, EXPERTS, SHARED, TOP_K = (1, 3, 4), 6, 2, 2
 Batch = dict[int, tuple[torch.Tensor, torch.Tensor]]

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint import Entry, Read
-from sglang_mixed.engine import transfer
-from sglang_mixed.engine.transfer import IN_FLIGHT, PINNED_TO, SLAB, PinnedTransfer
+from sglang_mixed.engine.loading import transfer
+from sglang_mixed.engine.loading.transfer import IN_FLIGHT, PINNED_TO, SLAB, PinnedTransfer
 from sglang_mixed.errors import TruncatedFileError
 from sglang_mixed.stream import FileRead, ReadLog, sha256
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_mixed.checkpoint import Entry, Read
-from sglang_mixed.engine.ledger import Ledger
+from sglang_mixed.engine.loading.ledger import Ledger
 from sglang_mixed.engine.state import Loading
 
 NAME = "model.embed_tokens.weight"

@@ -40,11 +40,11 @@ IMPORTED = (
     "sglang.srt.managers.tp_worker",
     "sglang.srt.models.registry",
     "sglang_mixed.engine.arguments",
-    "sglang_mixed.engine.loader",
+    "sglang_mixed.engine.loading.loader",
     "sglang_mixed.engine.plugin",
-    "sglang_mixed.engine.quantization",
-    "sglang_mixed.engine.routes",
-    "sglang_mixed.engine.tracking",
+    "sglang_mixed.engine.layers.quantization",
+    "sglang_mixed.engine.serving.routes",
+    "sglang_mixed.engine.serving.tracking",
 )
 ROOT = Path(__file__).parents[2]
 # Two threads of a tiny model wait for each other longer than one takes. SGLang compiles a function where there are

@@ -10,19 +10,12 @@ def register() -> None:
     from sglang.srt.layers.quantization import QUANTIZATION_METHODS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import (
-        arguments,
-        cpu_logits,
-        cpu_ops,
-        cpu_parallel,
-        loader,
-        python_api,
-        quantization,
-        questions,
-        routes,
-        tracking,
-    )
-    from .cpu_platform import runs_on_torch_cpu
+    from . import arguments, python_api
+    from .cpu import logits, ops, parallel
+    from .cpu.platform import runs_on_torch_cpu
+    from .layers import quantization
+    from .loading import loader
+    from .serving import questions, routes, tracking
 
     arguments_path = "sglang.srt.server_args.ServerArgs"
     runner_path = "sglang.srt.model_executor.model_runner.ModelRunner"
@@ -51,9 +44,9 @@ def register() -> None:
         HookRegistry.register(target, hook, HookType.AROUND)
     if runs_on_torch_cpu():
         lm_head = "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"
-        for target, hook in {lm_head: cpu_logits.compute_lm_head, **cpu_ops.hooks(), **cpu_parallel.hooks()}.items():
+        for target, hook in {lm_head: logits.compute_lm_head, **ops.hooks(), **parallel.hooks()}.items():
             HookRegistry.register(target, hook, HookType.AROUND)
-        ATTENTION_BACKENDS["torch_native"] = cpu_ops.create_attention
+        ATTENTION_BACKENDS["torch_native"] = ops.create_attention
     Engine.server_args_class = staticmethod(arguments.engine_arguments(Engine.server_args_class))
     # First in the table: SGLang lets the first method that claims a checkpoint's config have it.
     others = dict(QUANTIZATION_METHODS)

@@ -20,8 +20,8 @@ from ..errors import MapError, UnsupportedError
 from ..preflight import free_port
 from . import state
 from .arguments import translate
-from .loader import MixedPrecisionLoader
-from .quantization import NAME
+from .layers.quantization import NAME
+from .loading.loader import MixedPrecisionLoader
 
 #: Arguments of ModelConfig that a map's `inference` section may give.
 _FROM_MAP = ("dtype", "context_length")
@@ -94,7 +94,7 @@ class SGLangMixedPrecisionLoader(BaseModelLoader):
     @staticmethod
     def get_memory_stats() -> dict[str, Any]:
         """As `get_mixed_precision_memory_stats`."""
-        from .statistics import get_mixed_precision_memory_stats
+        from .serving.statistics import get_mixed_precision_memory_stats
 
         return get_mixed_precision_memory_stats()
 

@@ -11,16 +11,16 @@ from ..errors import EngineError
 from ..formats.base import TORCH_DTYPES
 from ..pages import populate
 from ..plan.values import check_planned
-from .transfer import Transfer
+from .loading.transfer import Transfer
 
 if TYPE_CHECKING:
     from ..checkpoint import Read
     from ..plan import RankPlan
-    from .intake import Place
-    from .ledger import Ledger, Line
-    from .loader import MixedPrecisionLoader
-    from .proof import Proof
-    from .tracking import ExpertTracker
+    from .loading.intake import Place
+    from .loading.ledger import Ledger, Line
+    from .loading.loader import MixedPrecisionLoader
+    from .loading.proof import Proof
+    from .serving.tracking import ExpertTracker
 
 
 @dataclass(slots=True)

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from ..errors import ProofError
-from ..file_hashes import FileHash, Request, hash_files, hash_tensor
-from ..formats import label_of
-from ..formats.slicing import rebase
-from ..kernels.compressed import CompressedWeight
-from ..memory import rank_memory
-from ..plan import Plan, PlannedModule, RankPlan
-from ..stream import ReadLog, sha256, stream
-from .cpu_platform import runs_on_torch_cpu
+from ...errors import ProofError
+from ...file_hashes import FileHash, Request, hash_files, hash_tensor
+from ...formats import label_of
+from ...formats.slicing import rebase
+from ...kernels.compressed import CompressedWeight
+from ...memory import rank_memory
+from ...plan import Plan, PlannedModule, RankPlan
+from ...stream import ReadLog, sha256, stream
+from ..cpu.platform import runs_on_torch_cpu
 from .intake import Bias, Intake
 from .stock import StockParameters
 from .transfer import Transfer

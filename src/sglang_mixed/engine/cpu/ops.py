@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from .linear import CPULinearMethod
+from ..layers.linear import CPULinearMethod
 
 
 def gate_shared_expert(
@@ -86,7 +86,7 @@ def attend_llama4(
 
 def create_attention(runner: Any) -> Any:
     """What SGLang's table of attention backends holds under `torch_native` on the CPU platform."""
-    from .cpu_attention import CPUAttention
+    from .attention import CPUAttention
 
     if runner.use_mla_backend:
         from sglang.srt.models.deepseek_common import attention_backend_handler as handlers

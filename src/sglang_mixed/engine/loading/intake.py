@@ -12,13 +12,13 @@ from typing import Protocol
 
 import torch
 
-from ..checkpoint import join
-from ..formats.base import TORCH_DTYPES, ModuleFormat
-from ..formats.plain import without_bias
-from ..formats.slicing import Region, part_bytes, rebase
-from ..kernels.compressed import CompressedWeight, NamedPart, compress
-from ..plan import Part, PlannedModule
-from . import state
+from ...checkpoint import join
+from ...formats.base import TORCH_DTYPES, ModuleFormat
+from ...formats.plain import without_bias
+from ...formats.slicing import Region, part_bytes, rebase
+from ...kernels.compressed import CompressedWeight, NamedPart, compress
+from ...plan import Part, PlannedModule
+from .. import state
 from .ledger import Line
 
 

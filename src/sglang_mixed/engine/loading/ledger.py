@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..errors import LedgerError
+from ...errors import LedgerError
 
 
 class Line(NamedTuple):

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint import join
-from ..formats import ModuleFormat, tensor_specs
-from ..formats.base import TORCH_DTYPES, Shape
-from ..formats.fusion import out_axis
-from ..formats.slicing import Region, rebase, tensor_ranges
-from ..kernels.implied import implied, without_implied
-from ..plan import Part, PlannedModule
-from . import state
+from ...checkpoint import join
+from ...formats import ModuleFormat, tensor_specs
+from ...formats.base import TORCH_DTYPES, Shape
+from ...formats.fusion import out_axis
+from ...formats.slicing import Region, rebase, tensor_ranges
+from ...kernels.implied import implied, without_implied
+from ...plan import Part, PlannedModule
+from .. import state
 from .kernel_builds import Kernel
 from .ledger import Line
 

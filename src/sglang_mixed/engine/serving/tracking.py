@@ -21,8 +21,8 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import TopK, TopKOutputChecker
 from sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph import is_in_tc_piecewise_cuda_graph
 
-from ..experts import ExpertCounts
-from . import state
+from ...experts import ExpertCounts
+from .. import state
 
 logger = logging.getLogger(__name__)
 

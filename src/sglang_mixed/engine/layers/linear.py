@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from ..errors import ShapeError
-from ..plan import PlannedModule
-from . import state
-from .intake import Intake
+from ...errors import ShapeError
+from ...plan import PlannedModule
+from .. import state
+from ..loading.intake import Intake
 
 
 class CPULinearMethod(LinearMethodBase):

@@ -15,8 +15,8 @@ from prometheus_client import make_asgi_app, multiprocess
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..experts import ExpertCounts
-from ..experts.balance import gini, top_share
+from ...experts import ExpertCounts
+from ...experts.balance import gini, top_share
 from .questions import Question, ask
 from .statistics import add_counts
 

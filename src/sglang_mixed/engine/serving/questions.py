@@ -13,11 +13,11 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
-from ..errors import EngineError
-from ..experts.formats import expert_formats
-from ..memory import module_kind
-from . import state
-from .ranks import gather
+from ...errors import EngineError
+from ...experts.formats import expert_formats
+from ...memory import module_kind
+from .. import state
+from ..ranks import gather
 
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 _MARK = "mixed_precision/"

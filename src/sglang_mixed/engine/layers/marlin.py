@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..errors import InconsistentFormatError
-from ..formats import ModuleFormat
-from ..formats.awq import ORDER
-from ..formats.gptq import unpack
-from ..formats.slicing import Range
+from ...errors import InconsistentFormatError
+from ...formats import ModuleFormat
+from ...formats.awq import ORDER
+from ...formats.gptq import unpack
+from ...formats.slicing import Range
 
 Tensors = dict[str, torch.Tensor]
 

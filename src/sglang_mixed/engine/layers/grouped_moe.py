@@ -18,17 +18,18 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from ..errors import UnsupportedError
-from ..formats import label_of
-from ..formats.slicing import Range, Region
-from ..plan import PlannedModule
-from ..plan.fold import fold
-from ..plan.fused import are_alike
-from . import decoded, state
+from ...errors import UnsupportedError
+from ...formats import label_of
+from ...formats.slicing import Range, Region
+from ...plan import PlannedModule
+from ...plan.fold import fold
+from ...plan.fused import are_alike
+from .. import state
+from ..loading.file_tensors import Converted, FileTensors
+from ..loading.kernel_builds import Kernel
+from . import decoded
 from .decoded import DecodedExperts, tell, wishes
 from .expert_kernels import KERNELS, ExpertFormats, ExpertKernel, unit
-from .file_tensors import Converted, FileTensors
-from .kernel_builds import Kernel
 from .moe import ExpertModules
 
 REMEDY = "map these experts to a source in another format, or serve on the CPU"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.panels import linear_by_panels
+from ...kernels.panels import linear_by_panels
 
 
 def compute_lm_head(

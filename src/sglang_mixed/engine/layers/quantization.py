@@ -11,14 +11,14 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from ..errors import CoverageError, UnsupportedError
-from ..plan import PlannedModule
-from ..plan.families import is_reordered
-from . import state
-from .cpu_platform import runs_on_torch_cpu
+from ...errors import CoverageError, UnsupportedError
+from ...plan import PlannedModule
+from ...plan.families import is_reordered
+from .. import state
+from ..cpu.platform import runs_on_torch_cpu
+from ..names import expert_modules, fused_parts
 from .linear import CPULinearMethod
 from .moe import CPUMoEMethod
-from .names import expert_modules, fused_parts
 from .stock_methods import StockMethods
 
 NAME = "mixed_precision"

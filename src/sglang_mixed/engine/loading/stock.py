@@ -15,13 +15,13 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 
-from ..formats import tensor_specs
-from ..formats.base import Axis, TensorSpec
-from ..plan import RankPlan
+from ...formats import tensor_specs
+from ...formats.base import Axis, TensorSpec
+from ...plan import RankPlan
+from ..names import Shard
 from .file_tensors import Converted, FileTensors, StockTensor, file_dtype
 from .kernel_builds import Kernel
 from .ledger import Ledger, Line
-from .names import Shard
 from .written import Written
 
 #: Local name of the tensors that GPT-OSS copies into their parameters itself.

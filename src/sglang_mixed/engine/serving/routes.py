@@ -11,10 +11,10 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from sglang.srt.utils.auth import AuthDecision, AuthLevel, auth_level
 
-from ..errors import EngineError, ExpertCountsError, MixedPrecisionError, UnsupportedError
-from ..experts import ExpertFormats, nothing_counted, report
-from ..experts.page import page_html
-from . import state
+from ...errors import EngineError, ExpertCountsError, MixedPrecisionError, UnsupportedError
+from ...experts import ExpertFormats, nothing_counted, report
+from ...experts.page import page_html
+from .. import state
 from .questions import HTTP_SERVER, Question, ask
 from .statistics import add_counts, described_map, export_experts
 from .watchdog import end_at_once, watch_all, watching_launch

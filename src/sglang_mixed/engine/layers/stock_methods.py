@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from ..errors import UnsupportedError
-from ..formats import ModuleFormat, label_of
-from ..plan import PlannedModule, RankPlan
-from ..plan.fold import fold
+from ...errors import UnsupportedError
+from ...formats import ModuleFormat, label_of
+from ...plan import PlannedModule, RankPlan
+from ...plan.fold import fold
 from . import decoded
 from .grouped_moe import MixedMoE
 from .linear_methods import why_not

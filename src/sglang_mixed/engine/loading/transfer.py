@@ -18,9 +18,9 @@ from typing import Protocol
 
 import torch
 
-from ..checkpoint import Read, read_packed
-from ..formats.base import TORCH_DTYPES
-from ..stream import READERS, FileRead, ReadLog, batches, sha256, stream
+from ...checkpoint import Read, read_packed
+from ...formats.base import TORCH_DTYPES
+from ...stream import READERS, FileRead, ReadLog, batches, sha256, stream
 
 #: Bytes of page-locked memory that a batch of small tensors passes through. To lock a MiB takes a millisecond.
 SLAB = 4 << 20

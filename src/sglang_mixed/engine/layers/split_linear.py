@@ -13,14 +13,14 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from ..errors import EngineError
-from ..formats.fusion import fuse
-from ..plan import PlannedModule
-from ..plan.fused import are_alike
-from . import state
+from ...errors import EngineError
+from ...formats.fusion import fuse
+from ...plan import PlannedModule
+from ...plan.fused import are_alike
+from .. import state
+from ..loading.file_tensors import Converted, FileTensors
+from ..loading.kernel_builds import Kernel
 from .decoded import DecodedRun
-from .file_tensors import Converted, FileTensors
-from .kernel_builds import Kernel
 from .linear import check_shape
 from .linear_methods import LinearRecipe, compiled, needs_decoding, recipe_for
 

@@ -13,10 +13,11 @@ from sglang.srt.layers.moe.moe_runner.marlin import MarlinMoeQuantInfo
 from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 
-from ..formats import ModuleFormat
-from ..formats.scaled import scale_values
-from ..formats.slicing import Range
-from . import kernel_builds, marlin
+from ...formats import ModuleFormat
+from ...formats.scaled import scale_values
+from ...formats.slicing import Range
+from ..loading import kernel_builds
+from . import marlin
 
 Tensors = dict[str, torch.Tensor]
 

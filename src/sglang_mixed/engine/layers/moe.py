@@ -8,11 +8,11 @@ import torch
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from ..errors import UnsupportedError
-from ..kernels.experts import ACTIVATIONS, Activation, Biases, Expert, clamped_swiglu, moe
-from ..plan import PlannedModule
-from . import state
-from .intake import Intake
+from ...errors import UnsupportedError
+from ...kernels.experts import ACTIVATIONS, Activation, Biases, Expert, clamped_swiglu, moe
+from ...plan import PlannedModule
+from .. import state
+from ..loading.intake import Intake
 from .linear import check_shape
 
 #: One expert's modules in SGLang's order: w1 (gate), w3 (up), w2 (down).

@@ -11,12 +11,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import MixedPrecisionMap
-from ..errors import EngineError, UnsupportedError
-from ..experts import ExpertActivationTracker, ExpertCounts, ExpertExport, ExpertFormats
-from ..experts.report import REASONS
-from ..experts.tracker import shared_tracker
-from . import state
+from ...config import MixedPrecisionMap
+from ...errors import EngineError, UnsupportedError
+from ...experts import ExpertActivationTracker, ExpertCounts, ExpertExport, ExpertFormats
+from ...experts.report import REASONS
+from ...experts.tracker import shared_tracker
+from .. import state
 from .questions import Question, ask, expert_answer, manager
 
 Answers = TypeVar("Answers")

@@ -11,10 +11,12 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from ..errors import UnsupportedError
-from ..formats import ModuleFormat, label_of
-from ..plan import PlannedModule
-from . import decoded, kernel_builds, marlin, state
+from ...errors import UnsupportedError
+from ...formats import ModuleFormat, label_of
+from ...plan import PlannedModule
+from .. import state
+from ..loading import kernel_builds
+from . import decoded, marlin
 from .expert_kernels import row_scales
 
 Tensors = dict[str, torch.Tensor]

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 
-from ..checkpoint import join
-from ..errors import EngineError
-from ..formats import ModuleFormat
-from ..formats.base import TORCH_DTYPES
-from ..kernels.grouped.arrange import arrange
-from ..kernels.grouped.codec import codec_of, why_not
-from ..kernels.grouped.table import Weight
-from ..plan import Part, PlannedModule
-from . import state
-from .file_tensors import Converted, FileTensors, StockTensor, TensorPlace
-from .ledger import Line
+from ...checkpoint import join
+from ...errors import EngineError
+from ...formats import ModuleFormat
+from ...formats.base import TORCH_DTYPES
+from ...kernels.grouped.arrange import arrange
+from ...kernels.grouped.codec import codec_of, why_not
+from ...kernels.grouped.table import Weight
+from ...plan import Part, PlannedModule
+from .. import state
+from ..loading.file_tensors import Converted, FileTensors, StockTensor, TensorPlace
+from ..loading.ledger import Line
 from .moe import ExpertModules
 
 __all__ = ["GROUPED_EXPERTS", "DecodedExperts", "DecodedRun", "tell", "why_not", "wishes"]
@@ -75,7 +75,7 @@ class DecodedExperts(Converted):
 
     def prepare(self) -> None:
         """The files' layout gives way to the kernel's, set by set; what is not narrower than a byte stays in place."""
-        from ..kernels.grouped.experts import Activation, ExpertWeights, GroupedExperts
+        from ...kernels.grouped.experts import Activation, ExpertWeights, GroupedExperts
 
         found: list[dict[int, Weight]] = [{} for _ in range(self._count)]
         for number, ((role, part, members), files) in enumerate(zip(self._sets, self.files, strict=False)):
@@ -132,7 +132,7 @@ class DecodedRun(Converted):
 
     def convert(self) -> None:
         """The files' layout gives way to the kernel's."""
-        from ..kernels.grouped.linear import DecodedLinear
+        from ...kernels.grouped.linear import DecodedLinear
 
         codec, tensors = _arranged(self, self.file_tensors, self._part)
         rows, columns = (end - begin for begin, end in self._part.wanted)

@@ -12,17 +12,17 @@ import torch
 from sglang.srt.distributed import parallel_state
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
-from ..plan import Rank
-from ..stream import ReadLog
-from . import state
-from .arguments import Request
-from .cpu_platform import runs_on_torch_cpu
+from ...plan import Rank
+from ...stream import ReadLog
+from .. import state
+from ..arguments import Request
+from ..cpu.platform import runs_on_torch_cpu
+from ..ranks import agree_on_plan, is_first_of_host
 from .kernel_builds import KernelBuilds
 from .latent import derive_latent_weights
 from .ledger import Ledger
 from .progress import progress
 from .proof import Proof
-from .ranks import agree_on_plan, is_first_of_host
 from .stock import StockParameters, vocabularies
 from .transfer import PinnedTransfer
 

@@ -93,7 +93,7 @@ class TorchCPUPlatform(SRTPlatform):
 
     def get_mla_kv_pool_cls(self) -> type:
         """SGLang's own pool for multi-head latent attention."""
-        from .cpu_attention import LatentKVPool
+        from .attention import LatentKVPool
 
         return LatentKVPool
 

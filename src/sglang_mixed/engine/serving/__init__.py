@@ -1,0 +1,1 @@
+"""What a running server is asked and tells: reports, metrics, counted experts."""
