@@ -6,6 +6,7 @@ import hashlib
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,8 +18,8 @@ from sglang_mixed.stream import sha256
 from .test_stream import open_reads
 
 
-def write(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {f"layer {number}.weight": torch.randn(40 + number, 3).half() for number in range(30)}
+def write(folder: Path, number: int = 30) -> dict[str, torch.Tensor]:
+    tensors = {f"layer\n{place}.weight": torch.randn(40 + place, 3).half() for place in range(number)}
     save_file(tensors, folder / "model.safetensors")
     return tensors
 
@@ -26,7 +27,7 @@ def write(folder: Path) -> dict[str, torch.Tensor]:
 def test_each_planned_tensor_is_hashed_as_it_stands_in_its_file_and_as_memory_holds_it(tmp_path: Path) -> None:
     tensors = write(tmp_path)
     reads = list(open_reads(tmp_path))
-    cast = "layer 3.weight"
+    cast = "layer\n3.weight"
     found = {one.name: one for one in hash_files(Request(reads, {cast: "bfloat16"}))}
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -53,3 +54,13 @@ def test_who_stops_to_read_ends_the_process(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20
     with pytest.raises(StopIteration):
         next(answers)
+
+
+def test_a_process_that_was_killed_is_one_error(tmp_path: Path) -> None:
+    write(tmp_path, 2000)
+    answers = hash_files(Request(list(open_reads(tmp_path)), {}))
+    next(answers)  # more answers are left than a pipe holds
+    (process,) = (one for one in psutil.Process().children() if "sglang_mixed.file_hashes" in one.cmdline())
+    process.kill()
+    with pytest.raises(ProofError, match="second time"):
+        list(answers)

@@ -117,8 +117,9 @@ def _wait_for_proof(state: Any) -> dict[str, Any]:
 
 def sides(folder: Path, kinds: list[str], layers: int, experts: int, is_gpu: bool) -> Iterator[tuple[str, Any]]:
     """Name -> model and map, the checkpoints written when they are asked for."""
+    drawn_on, sizes = "cuda" if is_gpu else "cpu", {"num_experts": experts, "vocab_size": 16384, **REAL_WIDTHS}
     sources = {
-        kind: write(folder / kind, kind, layers, sharded=True, num_experts=experts, vocab_size=16384, **REAL_WIDTHS)
+        kind: write(folder / kind, kind, layers, drawn_on, sharded=True, **sizes)
         for kind in KINDS
         if kind in kinds or kind == "bf16" or "mix" in kinds
     }
@@ -142,6 +143,7 @@ def take_turns(
         for name in list(outcomes):
             try:
                 outcome = loads.load(*described[name])
+                print(json.dumps({"load": name, "seconds": round(outcome.seconds, 3)}), flush=True)
                 outcomes[name] += [outcome] if repeat else []
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {error}"

@@ -1,6 +1,6 @@
 """SHA-256 of planned tensors as their files hold them, by a process of its own.
 
-    python -m sglang_mixed.file_hashes < a pickled Request > a line a tensor
+    python -m sglang_mixed.file_hashes < a pickled Request > pickled tuples, one a tensor
 
 The scheduler of a GPU never sleeps: a thread beside it would wait for Python's lock several times a tensor, and would
 take it away from requests. This process runs at a lower priority, and ends when nobody reads its answers.
@@ -13,8 +13,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -53,18 +55,22 @@ def hash_files(request: Request) -> Iterator[FileHash]:
     command = [sys.executable, "-m", __name__]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as process:
-        assert process.stdin and process.stdout and process.stderr
+    with (
+        tempfile.TemporaryFile() as errors,  # a pipe that nobody reads yet could fill up
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=environment) as process,
+    ):
+        assert process.stdin and process.stdout
         try:
             process.stdin.write(pickle.dumps(request))
             process.stdin.close()
-            for line in process.stdout:
-                in_file, as_held, name = line.decode().rstrip("\n").split(" ", 2)
-                yield FileHash(name, in_file, as_held)
+            with suppress(EOFError, pickle.UnpicklingError):
+                while True:
+                    yield FileHash(*pickle.load(process.stdout))
             if process.wait():
+                errors.seek(0)
                 raise ProofError(
                     "the files could not be read a second time",
-                    rule=process.stderr.read().decode(errors="replace").strip()[-2000:],
+                    rule=errors.read().decode(errors="replace").strip()[-2000:],
                     remedy="check that the sources are still there and readable; then restart",
                 )
         finally:
@@ -82,7 +88,8 @@ def main() -> None:
     def answer(name: str, tensor: torch.Tensor) -> None:
         found = hash_tensor(name, tensor, request.casts)
         with writing:
-            print(found.in_file, found.as_held, name, flush=True)
+            pickle.dump(tuple(found), sys.stdout.buffer)
+            sys.stdout.buffer.flush()
 
     try:
         for _ in stream(request.reads, ReadLog(), receive=answer, readers=READERS):
