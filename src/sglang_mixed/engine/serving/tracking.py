@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Of a longer batch every layer adds its own rows at once, so that none are kept.
 MOST_ROWS_KEPT = 1024
+#: How exactly it is told when an expert was last active: to tell the device costs more than a step's other work here.
+CLOCK_SECONDS = 0.01
 _PHASES = PREFILL, DECODE, PADDING = range(3)
 
 
@@ -62,6 +64,7 @@ class ExpertTracker:
         self._device = torch.get_device_module(device)
         self._kept: list[tuple[int, torch.Tensor, torch.Tensor]] | None = None
         self._stream: Any = None
+        self._told = 0.0
         self._since = time.time()
         self._before = self._read()
 
@@ -74,7 +77,9 @@ class ExpertTracker:
                 self._begins[begin:end] = phase * self._phase_slots
             for place, bound in enumerate(bounds):
                 self._bounds[place] = bound
-        self._now.fill_(time.time())
+        if (now := time.time()) - self._told > CLOCK_SECONDS:
+            self._now.fill_(now)
+            self._told = now
         self._stream = self._device.current_stream()
 
     @contextmanager
