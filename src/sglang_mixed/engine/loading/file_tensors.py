@@ -5,6 +5,7 @@ In between the proof hashes them. A tensor finds its place by its checkpoint nam
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from .ledger import Line
 
 Tensors = dict[str, torch.Tensor]
 Index = tuple[int | slice, ...]
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
 
 
 @dataclass(slots=True)
@@ -56,7 +62,7 @@ class StockTensor:
 
     def release(self) -> None:
         """Keep the parameter alive no longer: kernels have taken over what it held."""
-        self.parameter = torch.nn.Parameter(torch.empty(0, dtype=self.parameter.dtype), requires_grad=False)
+        self.parameter = _nothing(self.parameter.dtype)
 
 
 @dataclass(frozen=True, slots=True)
