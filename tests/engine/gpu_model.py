@@ -54,11 +54,11 @@ def load(path: str) -> Any:
 def replace_gpu() -> None:
     """Have our loader and methods believe in a GPU whose kernels are stand-ins."""
     from sglang_mixed.engine.layers import decoded, quantization
-    from sglang_mixed.engine.loading import loader
+    from sglang_mixed.engine.loading import loader, proof
 
     from .stand_ins import replace_expert_kernels, replace_linear_kernels
 
-    for module in (loader, quantization):
+    for module in (loader, proof, quantization):
         module.runs_on_torch_cpu = lambda: False
     # Layers that mix would run on our own kernel, which needs a GPU or an interpreter.
     os.environ[decoded.GROUPED_EXPERTS] = "needed"

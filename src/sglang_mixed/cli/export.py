@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ..errors import MapError
 from ..export import export
 from ..export.shards import lay_out
 from ..plan import make_plan
+from ..progress import progress
 from .check import human
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -31,16 +31,8 @@ def run(
     plan = make_plan(map_path, base=model_path, allow_different_base=allow_different_base)
     shards = lay_out(plan, max_bytes)
     total = sum(shard.nbytes for shard in shards)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("export", total=total)
-        export(plan, folder, max_bytes, lambda nbytes: bar.advance(task, nbytes))
+    with progress("export", total) as advance:
+        export(plan, folder, max_bytes, advance)
     return {
         "folder": str(folder),
         "shards": [shard.name for shard in shards],

@@ -30,7 +30,7 @@ from ..loading.kernel_builds import Kernel
 from . import decoded
 from .decoded import DecodedExperts, tell, wishes
 from .expert_kernels import KERNELS, ExpertFormats, ExpertKernel, unit
-from .moe import ExpertModules
+from .moe import ExpertModules, check_experts
 
 REMEDY = "map these experts to a source in another format, or serve on the CPU"
 #: What runs a group.
@@ -202,18 +202,6 @@ def check_decoded(experts: Sequence[ExpertModules]) -> None:
             remedy=REMEDY,
         )
     tell(f"experts of {labels}", "; ".join(why) or "one launch for all formats of a layer, with their biases")
-
-
-def check_experts(prefix: str, experts: Sequence[ExpertModules], num_experts: int, with_bias: bool) -> None:
-    """Raise UnsupportedError unless the plan's experts of this rank are all that the engine asks for."""
-    biased = [module.bias is not None for expert in experts for module in expert]
-    if num_experts != len(experts) or set(biased) != {with_bias}:
-        raise UnsupportedError(
-            f"the engine asks for {num_experts} experts with{'' if with_bias else 'out'} biases on this rank, "
-            f"the plan gives it {len(experts)}, with biases in {biased.count(True)} of their matrices",
-            tensor=prefix,
-            rule="experts are shared out in equal runs, none redundant or fused; all have biases or none has",
-        )
 
 
 def check_activation(prefix: str, groups: Sequence[ExpertGroup | DecodedExperts], config: Any) -> None:

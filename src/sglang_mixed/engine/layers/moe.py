@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,15 +39,7 @@ class CPUMoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Expect every local expert's tensors, each in its own format."""
-        with_bias = bool(extra_weight_attrs.get("with_bias"))
-        biased = [module.bias is not None for expert in self._modules for module in expert]
-        if num_experts != len(self._modules) or set(biased) != {with_bias}:
-            raise UnsupportedError(
-                f"the engine asks for {num_experts} experts with{'' if with_bias else 'out'} biases on this rank, "
-                f"the plan gives it {len(self._modules)}, with biases in {biased.count(True)} of their matrices",
-                tensor=self._prefix,
-                rule="experts are shared out in equal runs, none redundant or fused; all have biases or none has",
-            )
+        check_experts(self._prefix, self._modules, num_experts, bool(extra_weight_attrs.get("with_bias")))
         for gate, up, down in self._modules:
             check_shape([gate, up], [intermediate_size_per_partition] * 2, hidden_size)
             check_shape([down], [hidden_size], intermediate_size_per_partition)
@@ -86,3 +79,15 @@ def _adds_bias() -> bool:
     """Whether this rank's part of an expert's output brings its bias: the sum over ranks has it once."""
     rank = state.current_loading().plan.rank
     return rank.number % rank.expert_tp == 0
+
+
+def check_experts(prefix: str, experts: Sequence[ExpertModules], num_experts: int, with_bias: bool) -> None:
+    """Raise UnsupportedError unless the plan's experts of this rank are all that the engine asks for."""
+    biased = [module.bias is not None for expert in experts for module in expert]
+    if num_experts != len(experts) or set(biased) != {with_bias}:
+        raise UnsupportedError(
+            f"the engine asks for {num_experts} experts with{'' if with_bias else 'out'} biases on this rank, "
+            f"the plan gives it {len(experts)}, with biases in {biased.count(True)} of their matrices",
+            tensor=prefix,
+            rule="experts are shared out in equal runs, none redundant or fused; all have biases or none has",
+        )

@@ -13,6 +13,7 @@ from sglang.srt.distributed import parallel_state
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from ...plan import Rank
+from ...progress import progress
 from ...stream import ReadLog
 from .. import state
 from ..arguments import Request
@@ -21,7 +22,6 @@ from ..ranks import agree_on_plan, is_first_of_host
 from .kernel_builds import KernelBuilds
 from .latent import derive_latent_weights
 from .ledger import Ledger
-from .progress import progress
 from .proof import Proof
 from .stock import StockParameters, vocabularies
 from .transfer import PinnedTransfer
@@ -77,7 +77,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
         if torch.cuda.is_available() and not runs_on_torch_cpu():
             loading.transfer = PinnedTransfer()
-        with progress(total) as self._log.advance:
+        with progress("mixed precision: loading", total) as self._log.advance:
             for name, tensor in loading.transfer.stream(reads, self._log, loading):
                 self._stock.give(name, tensor)
                 yield name, tensor

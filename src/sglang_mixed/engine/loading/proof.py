@@ -159,7 +159,7 @@ class Proof:
     def _in_files(self) -> Iterator[FileHash]:
         """The hashes of all planned tensors as they are held."""
         reads = list(self._plan.reads())
-        if self._weights or runs_on_torch_cpu():
+        if runs_on_torch_cpu():
             for name, tensor in stream(reads, ReadLog()):
                 held = tensor if name in self._stock.tensors else self._rebased(name, tensor)
                 yield hash_tensor(name, held, self._casts)

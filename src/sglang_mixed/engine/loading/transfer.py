@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Protocol
@@ -83,12 +83,13 @@ class PinnedTransfer(Transfer):
 
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
         """Small tensors that have a place first, and then all others."""
-        small = [
-            [read.nbytes <= SLAB and read.entry.view is None and receiver.takes(read) for read in of]
-            for _, _, of in reads
-        ]
-        self._stream_small(_chosen(reads, small, True), log, receiver)
-        for name, tensor in stream(_chosen(reads, small, False), log, receiver.destination, readers=self._readers):
+
+        def is_small(read: Read) -> bool:
+            return read.nbytes <= SLAB and read.entry.view is None and receiver.takes(read)
+
+        small, others = _chosen(reads, is_small), _chosen(reads, lambda read: not is_small(read))
+        self._stream_small(small, log, receiver)
+        for name, tensor in stream(others, log, receiver.destination, readers=self._readers):
             if (given := receiver.deliver(name, tensor)) is not None:
                 yield name, given
         self._send()
@@ -122,7 +123,7 @@ class PinnedTransfer(Transfer):
                     job = pool.submit(slab.sha256_in_pieces, parts[0])
                 else:
                     sizes = [part.nbytes for part in parts]
-                    places = slab.lay_out(sizes)
+                    places = _lay_out(sizes)
                     copies = [slab.view(at, part.shape, part.dtype) for at, part in zip(places, parts, strict=True)]
                     torch._foreach_copy_(copies, list(parts), non_blocking=True)
                     slab.use()
@@ -147,7 +148,7 @@ class PinnedTransfer(Transfer):
                 for _, descriptor, path, entries in itertools.islice(jobs, self._readers - len(ahead)):
                     slab = self._free_slab()
                     slab.wait()
-                    places = slab.lay_out([read.nbytes for read in entries])
+                    places = _lay_out([read.nbytes for read in entries])
                     job = pool.submit(read_packed, descriptor, path, entries, slab.memory, places)
                     ahead.append((slab, entries, places, job))
                 if not ahead:
@@ -190,10 +191,6 @@ class Slab:
         """Until nothing uses it."""
         self._used.synchronize()
 
-    def lay_out(self, sizes: Sequence[int]) -> list[int]:
-        """Where tensors of so many bytes, which are at most `SLAB` with their alignment, are to begin."""
-        return list(itertools.accumulate(map(_aligned, sizes[:-1]), initial=0))
-
     def view(self, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in it."""
         return self._bytes[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
@@ -216,13 +213,15 @@ class Slab:
         return [digest.hexdigest()]
 
 
-def _chosen(reads: Sequence[FileRead], marks: Sequence[Sequence[bool]], mark: bool) -> list[FileRead]:
-    """The reads that are marked so."""
-    found = [
-        (source, path, [read for read, one in zip(of, row, strict=True) if one == mark])
-        for (source, path, of), row in zip(reads, marks, strict=True)
-    ]
+def _chosen(reads: Sequence[FileRead], is_wanted: Callable[[Read], bool]) -> list[FileRead]:
+    """Of each file the reads that are wanted; files of which any are."""
+    found = [(source, path, list(filter(is_wanted, of))) for source, path, of in reads]
     return [file for file in found if file[2]]
+
+
+def _lay_out(sizes: Sequence[int]) -> list[int]:
+    """Where in a slab tensors of so many bytes begin, which with their alignment are at most `SLAB` together."""
+    return list(itertools.accumulate(map(_aligned, sizes[:-1]), initial=0))
 
 
 def _small_together(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:

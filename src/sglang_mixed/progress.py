@@ -1,4 +1,4 @@
-"""The progress bar of a load."""
+"""The progress bar of bytes that are read or written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that shows how many of `total` bytes are read; tell it of each further number of bytes."""
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that shows how many of `total` bytes are done; tell it of each further number of bytes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -20,5 +20,5 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("mixed precision: loading", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
