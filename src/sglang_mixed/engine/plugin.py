@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+#: SGLang's function, by the names it has had since 0.5.15 -> what goes around it.
+Hooks = dict[str | tuple[str, ...], Callable[..., Any]]
+
 
 def register() -> None:
     """Called once in every SGLang process. Nothing changes for a server that does not ask for mixed precision."""
@@ -10,17 +17,40 @@ def register() -> None:
     from sglang.srt.layers.quantization import QUANTIZATION_METHODS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import arguments, python_api
+    from . import arguments, state
     from .cpu import logits, ops, parallel
     from .cpu.platform import runs_on_torch_cpu
     from .layers import quantization
+
+    needed, optional = _needed(), _optional()
+    if runs_on_torch_cpu():
+        needed["sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"] = logits.compute_lm_head
+        needed.update(parallel.hooks())
+        optional.update(ops.hooks())
+        ATTENTION_BACKENDS["torch_native"] = ops.create_attention
+    found = dict(_found(needed))
+    # SGLang would only log it, and serve without the hook.
+    state.missing = tuple(names[-1] for names in map(_names, needed) if not any(name in found for name in names))
+    for target, hook in {**found, **dict(_found(optional))}.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+    Engine.server_args_class = staticmethod(arguments.engine_arguments(Engine.server_args_class))
+    # First in the table: SGLang lets the first method that claims a checkpoint's config have it.
+    others = dict(QUANTIZATION_METHODS)
+    QUANTIZATION_METHODS.clear()
+    QUANTIZATION_METHODS.update({quantization.NAME: quantization.MixedPrecisionQuantization, **others})
+
+
+def _needed() -> Hooks:
+    """Without any of these no map is served."""
+    from . import arguments, python_api
     from .loading import loader
     from .serving import questions, routes, tracking
 
     arguments_path = "sglang.srt.server_args.ServerArgs"
     runner_path = "sglang.srt.model_executor.model_runner.ModelRunner"
     worker_path = "sglang.srt.managers.tp_worker.BaseTpWorker"
-    for target, hook in {
+    updater_path = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+    return {
         f"{arguments_path}.add_cli_args": arguments.add_cli_args,
         f"{arguments_path}.from_cli_args": arguments.from_cli_args,
         "sglang.srt.model_loader.loader.get_model_loader": loader.get_model_loader,
@@ -30,25 +60,50 @@ def register() -> None:
         f"{runner_path}.forward": tracking.forward,
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": tracking.init_batch,
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward_impl": tracking.forward_impl,
-        f"{worker_path}.update_weights_from_disk": loader.update_weights,
-        f"{worker_path}.update_weights_from_distributed": loader.update_weights,
-        f"{worker_path}.update_weights_from_tensor": loader.update_weights,
-        f"{worker_path}.update_weights_from_ipc": loader.update_weights,
+        **{
+            (f"{worker_path}.update_weights_from_{origin}", f"{updater_path}.{method}"): loader.update_weights
+            for origin, method in {
+                "disk": "update_weights_from_disk",
+                "distributed": "load_weights_from_distributed",
+                "tensor": "update_weights_from_tensor",
+                "ipc": "update_weights_from_ipc",
+            }.items()
+        },
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state": questions.get_internal_state,
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": routes.launch_subprocesses,
-        "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
         "sglang.srt.utils.common.add_prometheus_middleware": routes.add_prometheus_middleware,
         "sglang.srt.utils.auth.decide_request_auth": routes.decide_request_auth,
         "uvicorn.run": routes.run_uvicorn,
-    }.items():
-        HookRegistry.register(target, hook, HookType.AROUND)
-    if runs_on_torch_cpu():
-        lm_head = "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"
-        for target, hook in {lm_head: logits.compute_lm_head, **ops.hooks(), **parallel.hooks()}.items():
-            HookRegistry.register(target, hook, HookType.AROUND)
-        ATTENTION_BACKENDS["torch_native"] = ops.create_attention
-    Engine.server_args_class = staticmethod(arguments.engine_arguments(Engine.server_args_class))
-    # First in the table: SGLang lets the first method that claims a checkpoint's config have it.
-    others = dict(QUANTIZATION_METHODS)
-    QUANTIZATION_METHODS.clear()
-    QUANTIZATION_METHODS.update({quantization.NAME: quantization.MixedPrecisionQuantization, **others})
+    }
+
+
+def _optional() -> Hooks:
+    """What not every version has, which then needs no hook."""
+    from .layers import quantization
+    from .loading import loader
+
+    manager_path = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    return {
+        f"{manager_path}.begin_weight_update": loader.begin_weight_update,
+        "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
+    }
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _found(hooks: Hooks) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Of each hook the first name that this SGLang has."""
+    for names, hook in hooks.items():
+        target = next(filter(_exists, _names(names)), None)
+        if target is not None:
+            yield target, hook
+
+
+def _exists(target: str) -> bool:
+    try:
+        pkgutil.resolve_name(target)
+    except (ImportError, AttributeError):
+        return False
+    return True

@@ -21,6 +21,15 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def data_parallel_rank(scheduler: Any) -> int:
+    """The number of this scheduler's copy of the model."""
+    from sglang.srt.runtime_context import get_parallel
+
+    # Schedulers themselves know their place until 0.5.20.
+    place = scheduler.ps if hasattr(scheduler, "ps") else get_parallel()
+    return place.dp_rank or 0
+
+
 def is_first_of_host() -> bool:
     """Whether this rank speaks for all of its host."""
     from sglang.srt.distributed.parallel_state import get_tp_group

@@ -80,6 +80,8 @@ class Loading:
         return None
 
 
+#: Functions of SGLang that the plugin hooks into and that this version does not have.
+missing: tuple[str, ...] = ()
 #: The model this process is loading, set by the loader and read by the quantization config.
 loading: Loading | None = None
 #: The proof of the model this process serves; None in the HTTP process.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from ..errors import UnsupportedError
+from . import state
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,13 @@ UNSUPPORTED = (
 
 
 def refuse_unsupported(arguments: Mapping[str, Any]) -> None:
-    """Raise UnsupportedError for the first flag that contradicts a map."""
+    """Raise UnsupportedError for a flag that contradicts a map, or an SGLang that cannot serve one."""
+    if state.missing:
+        raise UnsupportedError(
+            f"SGLang {version('sglang')} has no {', no '.join(state.missing)}",
+            rule="a map is served by SGLang's own code, changed at these places",
+            remedy="install a version that docs/support.md names",
+        )
     for group in UNSUPPORTED:
         for name, allowed in group.allowed.items():
             value = arguments.get(name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,8 +23,15 @@ _shares: list[str] = []
 
 def hooks() -> dict[str, Callable[..., Any]]:
     """SGLang function -> what goes around it."""
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    binding: dict[str, Callable[..., Any]] = (
+        {"sglang.srt.model_executor.model_runner.ModelRunner.init_threads_binding": init_threads_binding}
+        if hasattr(ModelRunner, "init_threads_binding")
+        else {"sglang.srt.utils.numa_utils.init_threads_binding": bind_threads}
+    )
     return {
-        "sglang.srt.model_executor.model_runner.ModelRunner.init_threads_binding": init_threads_binding,
+        **binding,
         "sglang.srt.utils.common.get_cpu_ids_by_node": get_cpu_ids_by_node,
         "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__": init_group,
         "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": keep_config,
@@ -31,25 +40,43 @@ def hooks() -> dict[str, Callable[..., Any]]:
 
 
 def init_threads_binding(original: Callable[..., None], runner: Any) -> None:
-    """Hook around the model runner's thread binding, which wants a NUMA node for every rank and binds only with AMX.
+    """Hook around the model runner's thread binding until 0.5.20, as `bind_threads`."""
+
+    def bind_as_told() -> Any:
+        original(runner)
+        return runner.local_omp_cpuid
+
+    runner.local_omp_cpuid = _share_host(runner.server_args, runner.gpu_id, bind_as_told)
+
+
+def bind_threads(original: Callable[..., Any], *, numa_index: int, world_size: int) -> Any:
+    """Hook around SGLang's thread binding, which wants a NUMA node for every rank and binds only with AMX.
 
     Threads are divided, not pinned: two servers on one host would pin their first ranks to the same cores.
     """
-    arguments = runner.server_args
+    from sglang.srt.runtime_context import get_server_args
+
+    told = partial(original, numa_index=numa_index, world_size=world_size)
+    return _share_host(get_server_args(), numa_index, told)
+
+
+def _share_host(arguments: Any, device: int, bind_as_told: Callable[[], Any]) -> str:
+    """The rank's share of this host's cores."""
     _shares[:] = share_cores(sorted(os.sched_getaffinity(0)), ranks_on_host(arguments))
     if arguments.nnodes > 1:
         use_route_to(arguments.dist_init_addr)
     if os.environ.get(BINDING, "all") != "all":
-        original(runner)
-        cores = parse_cores(runner.local_omp_cpuid)
+        own: str = bind_as_told()
+        cores = parse_cores(own)
         os.sched_setaffinity(0, cores)
         threads = len(cores)
     else:
-        runner.local_omp_cpuid = _shares[runner.gpu_id % len(_shares)]
+        own = _shares[device % len(_shares)]
         threads = max(1, torch.get_num_threads() // len(_shares))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     logger.info("torch_cpu: %d ranks on this host, %d threads for this one", len(_shares), torch.get_num_threads())
+    return own
 
 
 def ranks_on_host(arguments: Any) -> int:
@@ -99,10 +126,20 @@ def keep_config(original: Callable[..., Any], model_config: Any, *args: Any, **k
     return model_config
 
 
+#: Parameters of a group's constructor that turn on communicators of accelerators, by all names they have had.
+ACCELERATED = (
+    "use_pynccl",
+    "use_pymscclpp",
+    "use_mscclpp",
+    "use_custom_allreduce",
+    "use_torch_symm_mem_all_reduce",
+)
+
+
 def init_group(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Hook around a group's constructor: communicators of accelerators stay off, which leaves torch's gloo group."""
-    accelerated = ("use_pynccl", "use_pymscclpp", "use_custom_allreduce", "use_torch_symm_mem_all_reduce")
-    original(*args, **kwargs | dict.fromkeys(accelerated, False))
+    known = inspect.signature(original).parameters
+    original(*args, **kwargs | dict.fromkeys([name for name in ACCELERATED if name in known], False))
 
 
 def moe_forward_native(

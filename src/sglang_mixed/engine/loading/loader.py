@@ -136,12 +136,24 @@ def get_model_architecture(original: Callable[..., Any], model_config: Any, *arg
         model_config.quantization = "mixed_precision"
 
 
+REFUSED = (
+    "weights of a mixed model cannot be updated from one checkpoint: every weight comes from the source "
+    "its map names; restart the server with the new map"
+)
+
+
 def update_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """Hook around the worker's weight updates: a mixed model refuses them and goes on serving."""
     if state.proof is None:
         answer: tuple[bool, str] = original(*args, **kwargs)
         return answer
-    return False, (
-        "weights of a mixed model cannot be updated from one checkpoint: every weight comes from the source "
-        "its map names; restart the server with the new map"
-    )
+    return False, REFUSED
+
+
+def begin_weight_update(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Hook around what opens a session of updates, since 0.5.21: it would unpack a mixed model's weights first."""
+    if state.proof is None:
+        return original(*args, **kwargs)
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
+
+    return BeginWeightUpdateReqOutput(success=False, message=REFUSED)

@@ -17,7 +17,7 @@ from ...errors import EngineError
 from ...experts.formats import expert_formats
 from ...memory import module_kind
 from .. import state
-from ..ranks import gather
+from ..ranks import data_parallel_rank, gather
 
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 _MARK = "mixed_precision/"
@@ -43,7 +43,7 @@ def get_internal_state(original: Callable[..., Any], scheduler: Any, request: An
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
     question = Question(asked.removeprefix(_MARK))
-    answer = {"data_parallel_rank": scheduler.ps.dp_rank or 0, **_answer(question)}
+    answer = {"data_parallel_rank": data_parallel_rank(scheduler), **_answer(question)}
     if question in (Question.MEMORY, Question.MODULES):
         # Whatever one rank answers, an error too, all take part in this.
         ranks = gather({key: value for key, value in answer.items() if key != "modules"})

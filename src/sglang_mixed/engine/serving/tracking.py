@@ -181,7 +181,7 @@ def track(model: torch.nn.Module) -> ExpertTracker | None:
     # Not every model tells its expert layers how many are chosen, but all have them chosen by this class.
     choice = next(module.topk_config for module in model.modules() if isinstance(module, TopK))
     device = next(model.parameters()).device
-    tracker = ExpertTracker(layers, choice.top_k - choice.num_fused_shared_experts, device)
+    tracker = ExpertTracker(layers, choice.top_k - found[0].num_fused_shared_experts, device)
     forward = model.forward
 
     @functools.wraps(forward)
