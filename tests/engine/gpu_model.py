@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
@@ -75,19 +74,18 @@ def start_sglang(arguments: Any, backend: str) -> Any:
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
+    from sglang_mixed.engine.python_api import call_as_known, publish_as_only_rank
 
     from .launch import free_port
 
-    if hasattr(arguments, "resolve_once"):  # since 0.5.20
-        arguments.resolve_once()
-    set_global_server_args_for_scheduler(arguments)
-    initialize_moe_config(*[arguments][: len(inspect.signature(initialize_moe_config).parameters)])
+    publish_as_only_rank(arguments)
+    call_as_known(initialize_moe_config, arguments)
     if not torch.distributed.is_initialized():
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, backend)
         initialize_model_parallel()
     config = ModelConfig.from_server_args(arguments)
-    initialize_dp_attention(arguments, config)
+    call_as_known(initialize_dp_attention, arguments, config)
     return config
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .mixes import MODELS, SOURCES
+
+#: What `scripts/sglang_versions.py` has noted.
+VERSIONS = Path(__file__).parents[2] / "docs" / "versions.jsonl"
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -43,6 +48,11 @@ ROWS = [
 ]
 
 
+def _version_row(run: dict[str, Any]) -> str:
+    outcome = f"{run['passed']} passed" + (f", {run['failed']} failed" if run["failed"] else "")
+    return f"| {run['sglang']} | {run['torch'].partition('+')[0]} | {run['transformers']} | {outcome} | {run['date']} |"
+
+
 def table() -> str:
     """The rows in Markdown."""
     lines = [
@@ -64,6 +74,16 @@ def table() -> str:
         "| model | layout | mix |",
         "| --- | --- | --- |",
         *(f"| {row.model} | {row.layout} | {row.mix} |" for row in ROWS),
+        "",
+        "## SGLang's releases",
+        "",
+        "`python scripts/sglang_versions.py` runs tests of the engine beside each release, on the CPU: all rows above,",
+        "and what the server reports, counts and refuses. A release that lacks a function which the plugin changes",
+        "serves no map.",
+        "",
+        "| SGLang | torch | transformers | tests | date |",
+        "| --- | --- | --- | --- | --- |",
+        *map(_version_row, map(json.loads, VERSIONS.read_text().splitlines())),
     ]
     return "\n".join(lines) + "\n"
 

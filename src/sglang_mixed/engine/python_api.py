@@ -110,12 +110,11 @@ def ensure_parallel_state(model_config: Any, device: str) -> None:
         return
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+    from sglang.srt.server_args import ServerArgs
 
     arguments = ServerArgs(model_path=model_config.model_path, quantization=NAME, device=device)
-    set_global_server_args_for_scheduler(arguments)
-    # Until 0.5.17 it wants the arguments, which later versions find by themselves.
-    initialize_moe_config(*[arguments][: len(inspect.signature(initialize_moe_config).parameters)])
+    publish_as_only_rank(arguments)
+    call_as_known(initialize_moe_config, arguments)
     parallel_state.init_distributed_environment(
         backend="gloo" if device == "cpu" else "nccl",
         world_size=1,
@@ -124,4 +123,22 @@ def ensure_parallel_state(model_config: Any, device: str) -> None:
         distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
     )
     parallel_state.initialize_model_parallel()
-    initialize_dp_attention(arguments, model_config)
+    call_as_known(initialize_dp_attention, arguments, model_config)
+
+
+def publish_as_only_rank(arguments: Any) -> None:
+    """Make these ServerArgs this process's, as a scheduler would, and it the one rank of everything."""
+    from sglang.srt import runtime_context, server_args
+
+    if hasattr(arguments, "resolve_once"):  # since 0.5.20
+        arguments.resolve_once()
+    if not hasattr(runtime_context, "SpawnRanks"):  # before 0.5.21
+        server_args.set_global_server_args_for_scheduler(arguments)
+        return
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    runtime_context.publish(arguments, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0, gpu_id=device))
+
+
+def call_as_known(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call with as many of the arguments as this SGLang's function takes; later versions find the others themselves."""
+    return function(*arguments[: len(inspect.signature(function).parameters)])

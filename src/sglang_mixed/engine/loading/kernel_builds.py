@@ -21,8 +21,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-#: Where SGLang keeps its builders: since 0.5.17, and before.
-PACKAGES = ("sglang.kernels.ops.quantization", "sglang.kernels.ops.moe", "sglang.jit_kernel")
+#: Where SGLang keeps its builders: since 0.5.21 (of products), since 0.5.17, and before.
+PACKAGES = *(f"sglang.kernels.ops.{room}" for room in ("gemm", "quantization", "moe")), "sglang.jit_kernel"
 #: What `load_jit` tells the compiler its target by, on and off in every call.
 TARGET = "TVM_FFI_CUDA_ARCH_LIST"
 #: Seconds until the first line of progress (what is cached loads in less), and between two.
