@@ -24,11 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "versions.jsonl"
-#: Models, layouts and formats against stock SGLang, the server, its reports, and what it refuses.
-TESTS = tuple(
-    f"tests/engine/test_{name}.py"
-    for name in ("support", "serving", "routes", "tracking", "metrics", "refusals", "vocabularies", "faults")
-)
+#: Models, layouts and formats against stock SGLang, the server and what it reports, counts and refuses.
+TESTS = tuple(f"tests/engine/test_{name}.py" for name in ("support", "serving", "tracking", "refusals"))
 #: It is what is noted here that this one compares.
 LEFT_OUT = "tests/engine/test_support.py::test_the_document_lists_these_rows"
 PACKAGES = ("sglang", "torch", "transformers")

@@ -55,7 +55,8 @@ class Server:
         fresh: bool = True,
         port: int | None = None,
     ) -> None:
-        self.log, port = log, port or free_port()
+        # SGLang 0.5.15 listens for gRPC at the port plus 10,000.
+        self.log, port = log, port or next(one for one in iter(free_port, None) if one < 55_000)
         self.url = f"http://127.0.0.1:{port}"
         flags = [*command[1:], *map(str, arguments), "--port", str(port), *FLAGS]
         if fresh:

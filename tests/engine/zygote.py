@@ -50,6 +50,8 @@ ROOT = Path(__file__).parents[2]
 # Two threads of a tiny model wait for each other longer than one takes. SGLang compiles a function where there are
 # several ranks, which takes longer than all tests need to run it.
 FAST = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+#: OpenBLAS and pyarrow's allocator start threads when they are loaded.
+THREADLESS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _LEAD = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.engine.zygote import lead_session; lead_session()\n"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -149,7 +151,9 @@ def _threads() -> int:
 def main(connection: socket.socket) -> None:
     """Import, then fork. Each forked process comes back here with its own code, after the fork that stands by it."""
     for name in IMPORTED:
-        importlib.import_module(name)
+        # Releases before 0.5.19 have fewer modules of SGLang's; what is needed is imported later in any case.
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     for handler in filter(None, (reference() for reference in logging._handlerList)):
         # A log file that an import has opened: its number may be that of a descriptor which a fork is given.
         if isinstance(handler, logging.FileHandler):
@@ -229,8 +233,7 @@ class Zygote:
             pass_fds=[theirs.fileno()],
             start_new_session=True,
             cwd=ROOT,
-            # OpenBLAS starts its threads when it is loaded.
-            env=os.environ | FAST | {"OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | FAST | THREADLESS,
         )
         theirs.close()
         self.launcher = Launcher(mine)

@@ -96,10 +96,11 @@ def create_attention(runner: Any) -> Any:
     return CPUAttention(runner)
 
 
-def hooks() -> dict[str, Callable[..., Any]]:
-    """SGLang's function -> what goes around it."""
+def hooks() -> dict[str | tuple[str, ...], Callable[..., Any]]:
+    """SGLang's function, by the names it has had, newest first -> what goes around it."""
+    rooms = "kernels.ops.elementwise.elementwise", "kernels.ops.layernorm.elementwise", "srt.layers.elementwise"
     return {
-        "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": gate_shared_expert,
+        tuple(f"sglang.{room}.fused_gate_sigmoid_mul_add" for room in rooms): gate_shared_expert,
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.__init__": build_experts,
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.run_moe_core": run_experts,
         "sglang.srt.layers.moe.topk.select_experts": select_experts,
