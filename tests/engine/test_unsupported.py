@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from sglang_mixed.engine import arguments
+from sglang_mixed.engine import arguments, state
+from sglang_mixed.engine.plugin import missing
 from sglang_mixed.engine.unsupported import UNSUPPORTED, refuse_unsupported
 from sglang_mixed.errors import UnsupportedError
 
@@ -20,8 +22,11 @@ MIXED: dict[str, Any] = {
     "mixed_precision_config": str(TINY / "map.yaml"),
     "model_path": str(TINY / "bf16"),
 }
-#: Arguments of SGLang 0.5.15 to 0.5.17 that the installed version has dropped.
-OLDER = {"torchao_config"}
+#: Arguments that SGLang had until 0.5.17, and that it has since 0.5.21.
+OTHERS = {"torchao_config"} | {
+    *("attn_dp_size", "shared_experts_tp_size", "enable_paged_experts"),
+    *("enable_nvidia_megakernel", "enable_amd_monokernel", "enable_megamoe_for_layernorm_sp"),
+}
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -32,7 +37,15 @@ def parse(*flags: str) -> argparse.Namespace:
 
 def test_every_refused_argument_is_one_of_sglang() -> None:
     names = {name for group in UNSUPPORTED for name in group.allowed}
-    assert names - set(vars(parse())) <= OLDER
+    assert names - set(vars(parse())) <= OTHERS
+
+
+def test_an_sglang_without_a_function_that_is_changed_serves_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, gone = "uvicorn.run", "sglang.srt.model_loader.loader.gone"
+    assert missing({(gone, here): print, gone: print}) == (gone,)
+    monkeypatch.setattr(state, "missing", (gone,))
+    with pytest.raises(UnsupportedError, match=rf"SGLang {version('sglang')} has no {gone}"):
+        refuse_unsupported({})
 
 
 def test_sglangs_defaults_go_with_a_map() -> None:

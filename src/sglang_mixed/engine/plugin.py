@@ -28,10 +28,9 @@ def register() -> None:
         needed.update(parallel.hooks())
         optional.update(ops.hooks())
         ATTENTION_BACKENDS["torch_native"] = ops.create_attention
-    found = dict(_found(needed))
     # SGLang would only log it, and serve without the hook.
-    state.missing = tuple(names[-1] for names in map(_names, needed) if not any(name in found for name in names))
-    for target, hook in {**found, **dict(_found(optional))}.items():
+    state.missing = missing(needed)
+    for target, hook in _found({**needed, **optional}):
         HookRegistry.register(target, hook, HookType.AROUND)
     Engine.server_args_class = staticmethod(arguments.engine_arguments(Engine.server_args_class))
     # First in the table: SGLang lets the first method that claims a checkpoint's config have it.
@@ -87,6 +86,11 @@ def _optional() -> Hooks:
         f"{manager_path}.begin_weight_update": loader.begin_weight_update,
         "sglang.srt.models.gpt_oss.GptOssAttention.__init__": quantization.quantize_attention,
     }
+
+
+def missing(hooks: Hooks) -> tuple[str, ...]:
+    """Of each hook for which this SGLang has no function the newest name, the last."""
+    return tuple(names[-1] for names in map(_names, hooks) if not any(map(_exists, names)))
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:

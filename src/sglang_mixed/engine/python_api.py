@@ -130,7 +130,7 @@ def publish_as_only_rank(arguments: Any) -> None:
     """Make these ServerArgs this process's, as a scheduler would, and it the one rank of everything."""
     from sglang.srt import runtime_context, server_args
 
-    if hasattr(arguments, "resolve_once"):  # since 0.5.20
+    if hasattr(arguments, "resolve_once"):  # since 0.5.19
         arguments.resolve_once()
     if not hasattr(runtime_context, "SpawnRanks"):  # before 0.5.21
         server_args.set_global_server_args_for_scheduler(arguments)

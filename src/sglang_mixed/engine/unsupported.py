@@ -58,7 +58,7 @@ UNSUPPORTED = (
         {
             "init_expert_location": ("trivial",),
             "elastic_ep_backend": ("none",),
-            **_none("enable_eplb", "ep_num_redundant_experts"),
+            **_none("enable_eplb", "ep_num_redundant_experts", "enable_paged_experts"),
         },
     ),
     Flags(
@@ -67,6 +67,7 @@ UNSUPPORTED = (
         {
             "pp_size": (1,),
             "attn_cp_size": (1,),
+            "attn_dp_size": (1,),
             "moe_dp_size": (1,),
             "dwdp_size": (1,),
             **_none(
@@ -74,6 +75,7 @@ UNSUPPORTED = (
                 "enable_dp_lm_head",
                 "moe_dense_tp_size",
                 "enable_shared_experts_attn_tp",
+                "shared_experts_tp_size",
                 "enable_dense_mlp_attn_tp",
             ),
         },
@@ -93,7 +95,16 @@ UNSUPPORTED = (
         "leave {flag} out",
         {
             "offload_group_size": (-1,),
-            **_none("enable_lora", "lora_paths", "kt_weight_path", "cpu_offload_gb", "enable_torch_compile"),
+            **_none(
+                "enable_lora",
+                "lora_paths",
+                "kt_weight_path",
+                "cpu_offload_gb",
+                "enable_torch_compile",
+                "enable_nvidia_megakernel",
+                "enable_amd_monokernel",
+                "enable_megamoe_for_layernorm_sp",
+            ),
         },
     ),
 )

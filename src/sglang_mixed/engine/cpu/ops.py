@@ -97,8 +97,8 @@ def create_attention(runner: Any) -> Any:
 
 
 def hooks() -> dict[str | tuple[str, ...], Callable[..., Any]]:
-    """SGLang's function, by the names it has had, newest first -> what goes around it."""
-    rooms = "kernels.ops.elementwise.elementwise", "kernels.ops.layernorm.elementwise", "srt.layers.elementwise"
+    """SGLang's function, by the names it has had since 0.5.15 -> what goes around it."""
+    rooms = "srt.layers.elementwise", "kernels.ops.layernorm.elementwise", "kernels.ops.elementwise.elementwise"
     return {
         tuple(f"sglang.{room}.fused_gate_sigmoid_mul_add" for room in rooms): gate_shared_expert,
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.__init__": build_experts,
