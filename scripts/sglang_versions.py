@@ -22,6 +22,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "versions.jsonl"
 #: Models, layouts and formats against stock SGLang, the server and what it reports, counts and refuses.
@@ -84,11 +86,8 @@ def note(outcome: dict[str, Any]) -> None:
     """Keep it, one line a release, oldest first."""
     lines = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
     kept = [line for line in lines if line["sglang"] != outcome["sglang"]]
-
-    def order(line: dict[str, Any]) -> list[int]:
-        return [int(part) for part in line["sglang"].removesuffix(".post1").split(".")]
-
-    RECORD.write_text("".join(json.dumps(line) + "\n" for line in sorted([*kept, outcome], key=order)))
+    ordered = sorted([*kept, outcome], key=lambda line: Version(line["sglang"]))
+    RECORD.write_text("".join(json.dumps(line) + "\n" for line in ordered))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,6 @@ from typing import Any, ClassVar
 
 IMPORTED = (
     "multiprocessing.popen_spawn_posix",
-    "sglang.srt.arg_groups.pipeline",
-    "sglang.srt.arg_groups.resolution_hooks",
     "sglang.srt.constrained.xgrammar_backend",
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.layers.attention.torch_native_backend",
@@ -46,6 +44,7 @@ IMPORTED = (
     "sglang_mixed.engine.serving.routes",
     "sglang_mixed.engine.serving.tracking",
 )
+SINCE_0_5_19 = "sglang.srt.arg_groups.pipeline", "sglang.srt.arg_groups.resolution_hooks"
 ROOT = Path(__file__).parents[2]
 # Two threads of a tiny model wait for each other longer than one takes. SGLang compiles a function where there are
 # several ranks, which takes longer than all tests need to run it.
@@ -151,7 +150,8 @@ def _threads() -> int:
 def main(connection: socket.socket) -> None:
     """Import, then fork. Each forked process comes back here with its own code, after the fork that stands by it."""
     for name in IMPORTED:
-        # Releases before 0.5.19 have fewer modules of SGLang's; what is needed is imported later in any case.
+        importlib.import_module(name)
+    for name in SINCE_0_5_19:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     for handler in filter(None, (reference() for reference in logging._handlerList)):
