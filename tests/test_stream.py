@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sglang_mixed.checkpoint import Entry, Read, read_entry, read_packed
+from sglang_mixed.checkpoint import Entry, Read, pieces, read_entry, read_packed
 from sglang_mixed.errors import TruncatedFileError
 from sglang_mixed.stream import FileRead, ReadLog, sha256, stream
 
@@ -47,7 +47,9 @@ def open_reads(folder: Path) -> Iterator[FileRead]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_reads_packed_into_one_piece_of_memory_are_what_each_alone_is(tmp_path: Path, seed: int) -> None:
+def test_pieces_packed_into_one_piece_of_memory_are_together_what_each_tensor_alone_is(
+    tmp_path: Path, seed: int
+) -> None:
     tensors, ((_, path, reads),) = _file(tmp_path)
     choose = random.Random(seed)
     cut = [read._replace(ranges=tuple(map(any_range(choose), read.entry.shape))) for read in reads if seed % 4]
@@ -57,7 +59,14 @@ def test_reads_packed_into_one_piece_of_memory_are_what_each_alone_is(tmp_path: 
         places.append(end)
         end += read.nbytes + choose.randrange(3)
     with path.open("rb") as file:
-        read_packed(file.fileno(), path, wanted, memoryview(memory), places)
+        limit = 1 + seed * 50
+        for read, place in zip(wanted, places, strict=True):
+            parts = list(pieces(read, limit))
+            assert all(piece.nbytes <= limit for piece in parts)
+            read_packed(file.fileno(), path, parts, memoryview(memory), [place + piece.begin for piece in parts])
+        if seed % 2:
+            whole = [piece for read in wanted for piece in pieces(read, 1 << 20)]
+            read_packed(file.fileno(), path, whole, memoryview(memory), places)
         for read, place in zip(wanted, places, strict=True):
             alone = read_entry(file.fileno(), path, read).reshape(-1).view(torch.uint8).numpy().tobytes()
             assert bytes(memory[place : place + read.nbytes]) == alone

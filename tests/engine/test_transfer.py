@@ -7,15 +7,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_mixed.checkpoint import Entry, Read
+from sglang_mixed.checkpoint import Read
 from sglang_mixed.engine.loading import transfer
-from sglang_mixed.engine.loading.transfer import ALIGNMENT, IN_FLIGHT, PINNED_TO, SLAB, PinnedTransfer
+from sglang_mixed.engine.loading.slabs import ALIGNMENT, Slab
+from sglang_mixed.engine.loading.transfer import HASHED, SLAB, SLABS, PinnedTransfer
 from sglang_mixed.errors import TruncatedFileError
+from sglang_mixed.formats.base import TORCH_DTYPES
 from sglang_mixed.stream import FileRead, ReadLog, sha256
 
 from ..test_stream import open_reads
@@ -53,7 +56,9 @@ class StandInDevice:
             "synchronize": lambda: self.arrive(self._begun),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(transfer, "_pinned", self._lend)
+        monkeypatch.setattr(transfer, "pinned", self._lend)
+        monkeypatch.setattr(transfer, "on_device", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        monkeypatch.setattr(Slab, "has_nan", self._in_order(Slab.has_nan))
         monkeypatch.setattr(torch, "_foreach_copy_", self._copy_all)
         monkeypatch.setattr(torch.Tensor, "copy_", self._copying())
 
@@ -84,6 +89,15 @@ class StandInDevice:
             assert place.shape == tensor.shape
             self._begin(place, tensor)
 
+    def _in_order(self, operator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Of operators that are queued behind copies on a GPU."""
+
+        def run(*args: Any) -> torch.Tensor:
+            self.arrive(self._begun)
+            return operator(*args)
+
+        return run
+
     def _copying(self) -> Callable[..., torch.Tensor]:
         def copy(place: torch.Tensor, tensor: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
             if not non_blocking:
@@ -101,12 +115,19 @@ class Places:
         self._transfer, self._none = one, has_none
         self.places = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name not in has_none}
         self.order: list[str] = []
+        self.checked: dict[str, torch.Tensor] = {}
 
     def takes(self, read: Read) -> bool:
         return read.name in self.places
 
+    def is_only_codes(self, read: Read) -> bool:
+        return read.entry.dtype == "F8_E4M3"
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        self.checked[name] = tensor.clone()
+
     def destination(self, read: Read) -> torch.Tensor | None:
-        return self._transfer.host(read)
+        return self._transfer.memory(read.shape, TORCH_DTYPES[read.entry.dtype])
 
     def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         self.order.append(name)
@@ -134,20 +155,11 @@ def of_sizes(*sizes: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("nbytes", "is_pinned"), [(1, True), (PINNED_TO, True), (PINNED_TO + 1, False)])
-def test_tensors_of_moderate_size_get_page_locked_memory_of_their_own(
-    device: StandInDevice, nbytes: int, is_pinned: bool
-) -> None:
-    found = PinnedTransfer().host(Read("one", Entry(0, "U8", (nbytes,), 0, nbytes)))
-    assert (found is not None) == is_pinned
-    assert found is None or found.nbytes == nbytes
-
-
 def test_small_tensors_arrive_at_a_stand_in_for_a_gpu_in_few_calls_from_one_thread(
     device: StandInDevice, tmp_path: Path
 ) -> None:
     choose = random.Random(0)
-    tensors = of_sizes(*(choose.randrange(SLAB // 50) for _ in range(300)))
+    tensors = of_sizes(*(choose.randrange(SLAB // 25) for _ in range(300)))
     reads, one, log = write(tmp_path, **tensors), PinnedTransfer(), ReadLog()
     receiver = Places(one, tensors)
     assert list(one.stream(reads, log, receiver)) == []
@@ -155,29 +167,42 @@ def test_small_tensors_arrive_at_a_stand_in_for_a_gpu_in_few_calls_from_one_thre
     assert receiver.order == [read.name for read in reads[0][2]]
     assert log.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
     assert device.callers == {threading.get_ident()} and device.calls < 10
-    assert device.pinned < 20 * SLAB
+    assert device.pinned == SLABS * SLAB
 
 
 def test_what_has_no_place_is_given_on_in_memory_of_its_own(device: StandInDevice, tmp_path: Path) -> None:
-    tensors = of_sizes(5, SLAB // 2, 7, SLAB // 2, 9, SLAB)
+    tensors = of_sizes(5, SLAB // 2, 0, *[SLAB // 2] * 30, 9, SLAB, SLAB + 1)
     reads, one = write(tmp_path, **tensors), PinnedTransfer()
-    receiver = Places(one, tensors, has_none=("t0", "t3"))
+    receiver = Places(one, tensors, has_none=list(tensors)[::3])
     given = dict(one.stream(reads, ReadLog(), receiver))
-    assert given.keys() == {"t0", "t3"}
+    assert given.keys() == set(list(tensors)[::3])
+    assert sum(tensor.nbytes for tensor in tensors.values()) > device.pinned, "slabs are filled more than once"
     assert all(torch.equal(one, tensors[name]) for name, one in {**given, **receiver.places}.items())
 
 
-def test_tensors_larger_than_a_slab_arrive_and_few_bytes_are_on_their_way_at_once(
-    device: StandInDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer, "IN_FLIGHT", 4 * SLAB)
-    tensors = of_sizes(*[SLAB + 3] * 9, PINNED_TO + 1, 11)
+@pytest.mark.parametrize("has_places", [True, False])
+def test_tensors_larger_than_a_slab_arrive_in_pieces(device: StandInDevice, tmp_path: Path, has_places: bool) -> None:
+    tensors = of_sizes(3, SLAB + 3, 2 * SLAB, 5, 3 * SLAB - 1, SLAB, 7)
     reads, one = write(tmp_path, **tensors), PinnedTransfer()
-    receiver = Places(one, tensors)
-    assert list(one.stream(reads, ReadLog(), receiver)) == []
-    assert all(torch.equal(receiver.places[name], tensor) for name, tensor in tensors.items())
-    assert device.most_pending <= max(5 * SLAB + 3, PINNED_TO + 1 + 4 * SLAB) < IN_FLIGHT
-    assert {number for _, number in device.chosen} == {3}
+    receiver = Places(one, tensors, has_none=() if has_places else list(tensors))
+    given = dict(one.stream(reads, ReadLog(), receiver))
+    found = receiver.places if has_places else given
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert receiver.checked.keys() == tensors.keys()
+    assert device.pinned == SLABS * SLAB
+
+
+def test_rows_and_columns_of_a_large_tensor_arrive_where_they_belong(device: StandInDevice, tmp_path: Path) -> None:
+    tensor = torch.arange(3 * SLAB // 4, dtype=torch.int32).view(-1, 1024)
+    ((source, path, (read,)),) = write(tmp_path, whole=tensor)
+    parts = {"rows": ((5, len(tensor) - 3), (0, 1024)), "columns": ((0, len(tensor)), (100, 1000))}
+    reads = [read._replace(name=name, ranges=ranges) for name, ranges in parts.items()]
+    expected = {name: tensor[tuple(slice(*bounds) for bounds in ranges)].clone() for name, ranges in parts.items()}
+    one = PinnedTransfer()
+    receiver = Places(one, expected)
+    receiver.places["columns"] = torch.zeros(len(tensor), 2048, dtype=torch.int32)[:, 64:964]
+    assert list(one.stream([(source, path, reads)], ReadLog(), receiver)) == []
+    assert all(torch.equal(receiver.places[name], part) for name, part in expected.items())
 
 
 def test_scalars_fill_no_slab_beyond_its_end(device: StandInDevice, tmp_path: Path) -> None:
@@ -200,26 +225,73 @@ def test_a_file_that_was_cut_names_the_tensor_it_ends_in(device: StandInDevice, 
     assert caught.value.tensor == last.name
 
 
-@pytest.mark.parametrize("sizes", [[0], [1], [SLAB], [SLAB + 1], [3 * SLAB + 5], [5, SLAB - 5, SLAB, 0, 7, SLAB + 9]])
+@pytest.mark.parametrize(
+    "sizes", [[0], [1], [HASHED], [HASHED + 1], [3 * HASHED + 5], [5, HASHED - 5, HASHED, 0, 7, HASHED + 9]]
+)
 def test_hashes_of_tensors_small_and_large_are_those_of_their_bytes(device: StandInDevice, sizes: list[int]) -> None:
     tensors = {str(size): torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes}
     tensors |= {f"float {size}": torch.randn(size // 4) for size in sizes}
     assert dict(PinnedTransfer().hashes(tensors.items())) == {name: sha256(one) for name, one in tensors.items()}
 
 
-def test_many_hashes_take_few_slabs(device: StandInDevice) -> None:
-    tensors, one = of_sizes(*[SLAB // 2] * 100), PinnedTransfer()
-    assert dict(one.hashes(tensors.items())) == {name: sha256(tensor) for name, tensor in tensors.items()}
-    lent = device.pinned
-    assert lent <= (transfer.MOST_HASHERS + 2) * SLAB
-    list(one.hashes(tensors.items()))
-    assert device.pinned == lent
-    one.close()
-    list(one.hashes(tensors.items()))
-    assert device.pinned == 2 * lent
+def test_many_hashes_take_the_slabs_that_there_are(device: StandInDevice) -> None:
+    tensors, one = of_sizes(*[HASHED // 2] * 100), PinnedTransfer()
+    for _ in range(2):
+        assert dict(one.hashes(tensors.items())) == {name: sha256(tensor) for name, tensor in tensors.items()}
+    assert device.pinned == SLABS * SLAB
 
 
 def test_a_hash_of_columns_is_their_bytes_in_row_major_order(device: StandInDevice) -> None:
-    small, large = torch.randn(64, 48).bfloat16()[:, 8:24], torch.randn(SLAB // 32, 48).bfloat16()[:, 8:28]
+    small, large = torch.randn(64, 48).bfloat16()[:, 8:24], torch.randn(HASHED // 32, 48).bfloat16()[:, 8:28]
     found = dict(PinnedTransfer().hashes([("small", small), ("large", large)]))
     assert found == {"small": sha256(small), "large": sha256(large)}
+
+
+def test_fp8_codes_that_are_no_numbers_are_found_by_looking_at_their_batch_on_the_gpu(
+    device: StandInDevice, tmp_path: Path
+) -> None:
+    every = torch.tensor([code for code in range(256) if code not in (0x7F, 0xFF)], dtype=torch.uint8)
+    clean = {"clean": every.view(torch.float8_e4m3fn), "scale": torch.ones(3), "other": torch.tensor(float("nan"))}
+    one = PinnedTransfer()
+    receiver = Places(one, clean)
+    assert list(one.stream(write(tmp_path, **clean), ReadLog(), receiver)) == []
+    assert receiver.checked.keys() == {"scale", "other"}
+    for code in (0x7F, 0xFF):
+        wrong = every.repeat(SLAB // 100)
+        wrong[-1] = code
+        tensors = {**clean, "wrong": wrong.view(torch.float8_e4m3fn)}
+        receiver = Places(one, tensors)
+        assert list(one.stream(write(tmp_path, **tensors), ReadLog(), receiver)) == []
+        assert torch.equal(receiver.checked["wrong"].view(torch.uint8), wrong)
+
+
+def test_tensors_of_several_dtypes_arrive_at_places_that_are_rows_columns_or_wider(
+    device: StandInDevice, tmp_path: Path
+) -> None:
+    tensors = {
+        "rows": torch.randn(16, 8),
+        "columns": torch.randint(-9, 9, (16, 8), dtype=torch.int32),
+        "other columns": torch.randint(-9, 9, (16, 8), dtype=torch.int32),
+        "wider": torch.randn(16, 8).bfloat16(),
+        "scalar": torch.tensor(3.0),
+    }
+    one = PinnedTransfer()
+    receiver = Places(one, tensors)
+    stacked = torch.zeros(16, 24, dtype=torch.int32)
+    receiver.places |= {"columns": stacked[:, :8], "other columns": stacked[:, 16:], "wider": torch.zeros(16, 8)}
+    assert list(one.stream(write(tmp_path, **tensors), ReadLog(), receiver)) == []
+    assert all(torch.equal(receiver.places[name], tensor.to(receiver.places[name])) for name, tensor in tensors.items())
+    assert not stacked[:, 8:16].any()
+
+
+def test_hashes_of_tensors_in_turns_in_their_parameters_are_those_of_their_bytes(device: StandInDevice) -> None:
+    parameters = [torch.randn(5, 64, 48).bfloat16(), torch.randint(-9, 9, (3, HASHED // 512, 128), dtype=torch.int32)]
+    tensors = {
+        f"{number} {matrix} {begin}": one[matrix, :, begin : begin + 16]
+        for number, one in enumerate(parameters)
+        for matrix in range(len(one))
+        for begin in (0, 16, 32)
+    }
+    found = list(PinnedTransfer().hashes(tensors.items()))
+    assert dict(found) == {name: sha256(tensor) for name, tensor in tensors.items()}
+    assert len(found) == len(tensors)

@@ -16,6 +16,7 @@ from grouped_cases import FORMATS
 from sglang_mixed.formats import detect
 from sglang_mixed.formats.slicing import Region
 from sglang_mixed.kernels.base import Tensors
+from sglang_mixed.kernels.grouped.arrange import arrange
 from sglang_mixed.kernels.implied import without_implied
 
 Run = Callable[..., Any]
@@ -74,6 +75,30 @@ def assert_close(worst: float, whole: float, bound: float = WHOLE) -> None:
 def test_a_weight_of_any_format_multiplies_as_its_reference(alone: Any, name: str, case: str) -> None:
     worst, whole = alone[name][case].result()
     assert_close(0 if case.startswith("few") else worst, whole)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_that_are_arranged_together_are_what_each_alone_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = [cases.of_one_size(FORMATS[name](cases.generator(name, seed), 32, 160)) for seed in range(3)]
+    module_format = detect("weight", packed[0].infos, packed[0].config)
+    assert module_format is not None
+
+    def arranged() -> Tensors:
+        stacked = {local: torch.stack([one.tensors[local] for one in packed]) for local in packed[0].tensors}
+        return arrange(stacked, module_format).tensors
+
+    together = arranged()
+    monkeypatch.setattr("sglang_mixed.kernels.grouped.arrange.VALUES_AT_ONCE", 2 * 32 * 160)
+    assert all(same_bytes(tensor, together[local]) for local, tensor in arranged().items())
+    for number, one in enumerate(packed):
+        alone = arrange({local: tensor[None] for local, tensor in one.tensors.items()}, module_format).tensors
+        assert all(same_bytes(tensor, together[local][number : number + 1]) for local, tensor in alone.items())
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(
+        one[..., None].view(torch.uint8), other[..., None].view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-10), (torch.bfloat16, WHOLE_CUT_OFF)])

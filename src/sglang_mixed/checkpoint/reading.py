@@ -103,19 +103,53 @@ def _read_matrix(descriptor: int, path: Path, read: Read, destination: torch.Ten
     return destination
 
 
-def read_packed(descriptor: int, path: Path, reads: Sequence[Read], memory: memoryview, places: Sequence[int]) -> None:
-    """Read tensors, none of them a view, to their places in one piece of memory; neighbours by one call.
+class Piece(NamedTuple):
+    """Bytes of a tensor that is no view: all that are wanted of it, or as many as are read at once.
+
+    `begin` counts the wanted bytes before; `runs` are (position in the file, bytes).
+    """
+
+    read: Read
+    begin: int
+    nbytes: int
+    runs: Sequence[tuple[int, int]]
+
+    @property
+    def end(self) -> int:
+        """The wanted bytes before and in it."""
+        return self.begin + self.nbytes
+
+
+def pieces(read: Read, limit: int) -> Iterator[Piece]:
+    """What is wanted of a tensor, at most `limit` bytes at a time; one piece if it is empty."""
+    begin = nbytes = 0
+    runs: list[tuple[int, int]] = []
+    for position, left in _runs(read.entry, read.ranges):
+        while left:
+            if nbytes == limit:
+                yield Piece(read, begin, nbytes, runs)
+                begin, nbytes, runs = begin + nbytes, 0, []
+            count = min(left, limit - nbytes)
+            runs.append((position, count))
+            position, left, nbytes = position + count, left - count, nbytes + count
+    yield Piece(read, begin, nbytes, runs)
+
+
+def read_packed(
+    descriptor: int, path: Path, wanted: Sequence[Piece], memory: memoryview, places: Sequence[int]
+) -> None:
+    """Read pieces of tensors to their places in one piece of memory; neighbours by one call.
 
     Raises TruncatedFileError where the file has shrunk since its header was read.
     """
     runs: list[tuple[Read, int, memoryview]] = []
     end = -1
-    for read, place in zip(reads, places, strict=True):
-        for position, nbytes in _runs(read.entry, read.ranges):
+    for piece, place in zip(wanted, places, strict=True):
+        for position, nbytes in piece.runs:
             if position != end:
                 _read_runs(descriptor, path, runs)
                 runs = []
-            runs.append((read, position, memory[place : place + nbytes]))
+            runs.append((piece.read, position, memory[place : place + nbytes]))
             place, end = place + nbytes, position + nbytes
     _read_runs(descriptor, path, runs)
 

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import EngineError
 from ..formats.base import TORCH_DTYPES
+from ..formats.values import SCALES
 from ..pages import populate
 from ..plan.values import check_planned
 from .loading.transfer import Transfer
@@ -49,16 +50,26 @@ class Loading:
         """Whether a tensor has a place: what has none goes to SGLang's own loaders."""
         return read.name in self.places
 
+    def is_only_codes(self, read: Read) -> bool:
+        """Whether nothing but an e4m3 code that is no number could be wrong with a tensor's values."""
+        return read.entry.dtype == "F8_E4M3" and read.name.rpartition(".")[2] not in SCALES
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Look at a tensor's values. Raises InvalidValueError for those that no weight may have."""
+        check_planned(self.plan.plan, name, tensor, everything=self.verify_values)
+
     def destination(self, read: Read) -> torch.Tensor | None:
         """Where a tensor is to be read to."""
+        shape, dtype = read.entry.shape, TORCH_DTYPES[read.entry.dtype]
         if read.name in self.places:
             place = self.places[read.name][1].destination()
-            return self.transfer.host(read) if place is None else place
+            return self.transfer.memory(read.shape, dtype) if place is None else place
         if read.ranges is None:
             rows = self._rows(read)
-            return self.transfer.host(read) if rows is None else rows
+            return self.transfer.memory(shape, dtype) if rows is None else rows
         # SGLang's loaders cut the whole tensor themselves: what they leave out is never read, nor touched in memory.
-        whole = self._partial[read.name] = torch.empty(read.entry.shape, dtype=TORCH_DTYPES[read.entry.dtype])
+        whole = self.transfer.memory(shape, dtype)
+        self._partial[read.name] = whole = torch.empty(shape, dtype=dtype) if whole is None else whole
         return whole[tuple(slice(*bounds) for bounds in read.ranges)]
 
     def _rows(self, read: Read) -> torch.Tensor | None:
@@ -71,7 +82,6 @@ class Loading:
 
     def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Give a tensor to its place; where there is none, what SGLang's loaders are to be given."""
-        check_planned(self.plan.plan, name, tensor, everything=self.verify_values)
         if name not in self.places:
             return self._partial.pop(name, tensor)
         line, place = self.places.pop(name)

@@ -87,7 +87,7 @@ class TensorPlace:
         """Copy this rank's part, as read. Kernels leave out what the format implies: it must be that."""
         expected = implied(self.part.format)
         if self.local in expected:
-            found = rebase(self.local, tensor, self.module.format, self.part.held)
+            found = rebase(self.local, tensor.cpu(), self.module.format, self.part.held)
             without_implied({**expected, self.local: found}, self.part.format)
         place = self.tensor.parameter.data[self.tensor.index]
         state.current_loading().transfer.copy(place, tensor.reshape(place.shape))

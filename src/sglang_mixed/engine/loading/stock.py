@@ -135,13 +135,12 @@ class StockParameters:
 
 
 def vocabularies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Full name -> memory of the embeddings and heads that this rank holds whole, in memory of the host."""
-    found = {
+    """Full name -> memory of the embeddings and heads that this rank holds whole."""
+    return {
         f"{prefix}.weight": module.weight.data
         for prefix, module in model.named_modules()
         if isinstance(module, VocabParallelEmbedding) and module.tp_size == 1
     }
-    return {name: tensor for name, tensor in found.items() if tensor.device.type == "cpu"}
 
 
 def _slots(module: torch.nn.Module, name: str) -> dict[tuple[Shard, int | None], int]:

@@ -6,35 +6,41 @@ thread. So with a GPU one thread calls torch, and the others do what needs no lo
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from ...checkpoint import Read, read_packed
+from ...checkpoint import Piece, Read
 from ...formats.base import TORCH_DTYPES
-from ...stream import READERS, FileRead, ReadLog, batches, sha256, stream
+from ...stream import FileRead, ReadLog, sha256, stream
+from .batches import Batch, batches, together
+from .slabs import Slab, as_bytes, lay_out
 
-#: Bytes of page-locked memory that a batch of small tensors passes through. To lock a MiB takes a millisecond.
-SLAB = 4 << 20
-#: Bytes of tensors that get page-locked memory of their own: what is larger would lock more than it saves.
+#: Page-locked memory through which all tensors pass, in slabs. To lock a MiB may take a millisecond.
+SLAB, SLABS = 8 << 20, 6
+#: Hashing takes more threads than reading, with less each.
+HASHED, HASHERS = 4 << 20, 12
+#: Bytes of a view of a matrix that gets page-locked memory of its own: what is larger would lock more than it saves.
 PINNED_TO = 64 << 20
-#: Bytes on their way to the GPU, beside those in slabs, until they are waited for.
-IN_FLIGHT = 128 << 20
-#: The strictest alignment of a dtype, and of the processor's copies.
-ALIGNMENT = 64
-MOST_READERS, MOST_HASHERS = 8, 16
 
 
 class Receiver(Protocol):
     """What is being loaded."""
+
+    def takes(self, read: Read) -> bool:
+        """Whether `deliver` will take the tensor."""
+
+    def is_only_codes(self, read: Read) -> bool:
+        """Whether nothing but an e4m3 code that is no number could be wrong with the tensor's values."""
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise InvalidValueError for a tensor that cannot be what it is said to be."""
 
     def destination(self, read: Read) -> torch.Tensor | None:
         """Where a tensor is to be read to; None for memory of its own."""
@@ -42,19 +48,21 @@ class Receiver(Protocol):
     def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Take a tensor, by `Transfer.copy`, or return what others are to be given."""
 
-    def takes(self, read: Read) -> bool:
-        """Whether `deliver` will take the tensor."""
-
 
 class Transfer:
     """Of parameters in the memory that files are read to."""
 
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read and deliver; yields what others are to be given. At the end all copies have arrived."""
-        yield from stream(reads, log, receiver.destination, receiver.deliver)
+        """Read, check and deliver; yields what others are to be given. At the end all copies have arrived."""
 
-    def host(self, read: Read) -> torch.Tensor | None:
-        """Where a tensor is to be read to that has no place of its own on the host; None for memory of its own."""
+        def receive(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+            receiver.check(name, tensor)
+            return receiver.deliver(name, tensor)
+
+        yield from stream(reads, log, receiver.destination, receive)
+
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """For a tensor that has no place yet; None for the host's."""
         return None
 
     def copy(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -70,67 +78,65 @@ class Transfer:
 
 
 class PinnedTransfer(Transfer):
-    """To the current GPU and back. Small tensors travel in batches, each through a slab."""
+    """To the current GPU and back: few threads read, one speaks to the GPU, and what can wait for the end does."""
 
     def __init__(self) -> None:
         cores = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
-        self._readers, self._hashers = (max(READERS, min(most, cores)) for most in (MOST_READERS, MOST_HASHERS))
-        self._device = torch.cuda.current_device()
-        self._slabs: deque[Slab] = deque()
-        self._places: list[torch.Tensor] = []
-        self._tensors: list[torch.Tensor] = []
-        self._nbytes = 0
+        self._hashers, self._device = max(2, min(HASHERS, cores)), torch.cuda.current_device()
+        self._slabs = Slab(pinned((SLABS * SLAB,), torch.uint8), on_device((SLABS * SLAB,), torch.uint8)).split(SLABS)
+        self._sent: Slab | None = None
+        self._copies = Copies()
+        #: What the tensor that comes in pieces is for, and what holds those that have come.
+        self._growing: tuple[torch.Tensor, torch.Tensor] | None = None
+        #: Batches of e4m3 codes, and whether any of these is no number, which the GPU will know.
+        self._looked_at: list[tuple[Batch, torch.Tensor]] = []
 
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
-        """Small tensors that have a place first, and then all others."""
-
-        def is_small(read: Read) -> bool:
-            return read.nbytes <= SLAB and read.entry.view is None and receiver.takes(read)
-
-        small, others = _chosen(reads, is_small), _chosen(reads, lambda read: not is_small(read))
-        self._stream_small(small, log, receiver)
-        for name, tensor in stream(others, log, receiver.destination, readers=self._readers):
-            if (given := receiver.deliver(name, tensor)) is not None:
-                yield name, given
-        self._send()
+        """Views of matrices last. What others are given is on the GPU."""
+        views = _chosen(reads, lambda read: read.entry.view is not None)
+        yield from self._stream_pieces(_chosen(reads, lambda read: read.entry.view is None), log, receiver)
+        for name, tensor, read in self._stream_views(views, log):
+            receiver.check(name, tensor)
+            yield from self._arrived(read, tensor, tensor, receiver)
         torch.cuda.synchronize()
+        self._look_again(reads, receiver)
 
-    def host(self, read: Read) -> torch.Tensor | None:
-        """Page-locked memory, which torch's allocator lends to nobody else while a copy still reads from it."""
-        if read.nbytes > PINNED_TO:
-            return None
-        torch.cuda.set_device(self._device)  # of this thread
-        return _pinned(read.shape, TORCH_DTYPES[read.entry.dtype])
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """On the GPU."""
+        return on_device(shape, dtype)
 
     def copy(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
-        """With others, by one call."""
-        self._places.append(place)
-        self._tensors.append(tensor)
-        self._nbytes += tensor.nbytes
-        if self._nbytes > IN_FLIGHT:
-            self._send()
-            torch.cuda.synchronize()
+        """What a slab has brought, with others, from where that is on the GPU."""
+        twin = self._sent.twin(tensor) if self._sent else None
+        if twin is None:
+            place.copy_(tensor, non_blocking=True)
+        else:
+            self._copies.add(place, twin)
 
     def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
         """Small ones in batches, and what is larger in pieces."""
+        slabs = deque(part for slab in self._slabs for part in slab.split(SLAB // HASHED))
         prepared: deque[tuple[Slab, list[str], Future[list[str]]]] = deque()
         with ThreadPoolExecutor(self._hashers, "weight-hasher", torch.cuda.set_device, (self._device,)) as pool:
-            for batch in _small_together(tensors):
-                if len(prepared) > self._hashers:
-                    yield from self._finished(*prepared.popleft())
-                slab, (names, parts) = self._free_slab(), zip(*batch, strict=True)
-                if parts[0].nbytes > SLAB:
+            for batch in together(tensors, HASHED):
+                if not slabs or len(prepared) > self._hashers:
+                    slab, names, job = prepared.popleft()
+                    yield from zip(names, job.result(), strict=True)
+                    slabs.append(slab)
+                slab, (names, parts) = slabs.popleft(), map(list, zip(*batch, strict=True))
+                sizes = [part.nbytes for part in parts]
+                if sizes[0] > HASHED:
                     job = pool.submit(slab.sha256_in_pieces, parts[0])
                 else:
-                    sizes = [part.nbytes for part in parts]
-                    places = _lay_out(sizes)
-                    copies = [slab.view(at, part.shape, part.dtype) for at, part in zip(places, parts, strict=True)]
-                    torch._foreach_copy_(copies, list(parts), non_blocking=True)
-                    slab.use()
-                    job = pool.submit(slab.sha256_of_each, places, sizes)
-                prepared.append((slab, list(names), job))
-            while prepared:
-                yield from self._finished(*prepared.popleft())
+                    places = lay_out(sizes)
+                    for place, part in zip(places, parts, strict=True):
+                        self._copies.add(slab.on_device(place, part.shape, part.dtype), part)
+                    self._copies.begin()
+                    slab.fetch(places[-1] + sizes[-1])
+                    job = pool.submit(slab.sha256_of, places, sizes)
+                prepared.append((slab, names, job))
+            for _, names, job in prepared:
+                yield from zip(names, job.result(), strict=True)
 
     def close(self) -> None:
         """All page-locked memory."""
@@ -139,108 +145,123 @@ class PinnedTransfer(Transfer):
         if give_back is not None:
             give_back()
 
-    def _stream_small(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> None:
-        """Readers fill slabs; from those tensors are delivered."""
-        ahead: deque[tuple[Slab, list[Read], list[int], Future[None]]] = deque()
-        with ExitStack() as files, ThreadPoolExecutor(self._readers, "weight-reader") as pool:
-            jobs = batches(reads, files, SLAB, lambda read: _aligned(read.nbytes))
+    def _stream_pieces(
+        self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Readers fill slabs, each of which is sent by one copy; from there tensors go to their places."""
+        free, ahead = deque(self._slabs), deque[tuple[Slab, Batch, Future[None]]]()
+        with ExitStack() as files, ThreadPoolExecutor(len(free) - 1, "weight-reader") as pool:
+            jobs = batches(reads, files, len(free[0]), receiver.is_only_codes)
             while True:
-                for _, descriptor, path, entries in itertools.islice(jobs, self._readers - len(ahead)):
-                    slab = self._free_slab()
-                    slab.wait()
-                    places = _lay_out([read.nbytes for read in entries])
-                    job = pool.submit(read_packed, descriptor, path, entries, slab.memory, places)
-                    ahead.append((slab, entries, places, job))
+                for descriptor, path, batch in itertools.islice(jobs, len(free)):
+                    slab = free.popleft()
+                    ahead.append((slab, batch, pool.submit(batch.fill, slab, descriptor, path)))
                 if not ahead:
                     return
-                slab, entries, places, job = ahead.popleft()
+                slab, batch, job = ahead.popleft()
                 job.result()
-                log.add(sum(read.nbytes for read in entries))
-                for at, read in zip(places, entries, strict=True):
-                    receiver.deliver(read.name, slab.view(at, read.shape, TORCH_DTYPES[read.entry.dtype]))
-                self._send()
-                slab.use()
-                self._slabs.append(slab)
+                log.add(sum(piece.nbytes for piece in batch.pieces))
+                slab.send(batch.nbytes)
+                if batch.codes:
+                    self._looked_at.append((batch, slab.has_nan(batch.codes)))
+                self._sent = slab
+                for piece, place in zip(batch.pieces, batch.places, strict=True):
+                    if piece.nbytes < piece.read.nbytes:
+                        yield from self._grow(slab, piece, place, receiver)
+                        continue
+                    what = place, piece.read.shape, TORCH_DTYPES[piece.read.entry.dtype]
+                    tensor = slab.on_host(*what)
+                    if not receiver.is_only_codes(piece.read):
+                        receiver.check(piece.read.name, tensor)
+                    yield from self._arrived(piece.read, tensor, slab.on_device(*what), receiver)
+                self._sent = None
+                self._copies.begin()
+                free.append(slab)
 
-    def _finished(self, slab: Slab, names: list[str], job: Future[list[str]]) -> Iterator[tuple[str, str]]:
-        yield from zip(names, job.result(), strict=True)
-        self._slabs.append(slab)
+    def _stream_views(self, reads: Sequence[FileRead], log: ReadLog) -> Iterator[tuple[str, torch.Tensor, Read]]:
+        """Tensors that lie in turns in their matrices, in the host's memory."""
+        by_name = {read.name: read for _, _, of in reads for read in of}
 
-    def _free_slab(self) -> Slab:
-        return self._slabs.popleft() if self._slabs else Slab()
+        def memory(read: Read) -> torch.Tensor | None:
+            torch.cuda.set_device(self._device)  # of this thread
+            return pinned(read.shape, TORCH_DTYPES[read.entry.dtype]) if read.nbytes <= PINNED_TO else None
 
-    def _send(self) -> None:
-        if self._places:
-            torch._foreach_copy_(self._places, self._tensors, non_blocking=True)
-        self._places, self._tensors, self._nbytes = [], [], 0
+        for name, tensor in stream(reads, log, memory, readers=len(self._slabs)):
+            yield name, tensor, by_name[name]
+
+    def _grow(self, slab: Slab, piece: Piece, place: int, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
+        """A piece of a tensor that is larger than a slab; with the last one the tensor has arrived."""
+        read = piece.read
+        if self._growing is None:
+            to = receiver.destination(read)
+            assert to is not None
+            self._growing = to, to if to.is_contiguous() else torch.empty(to.shape, dtype=to.dtype, device=to.device)
+        to, held = self._growing
+        bytes_of = as_bytes(held)
+        bytes_of[piece.begin : piece.end].copy_(slab.on_device(place, (piece.nbytes,), torch.uint8), non_blocking=True)
+        if piece.end == read.nbytes:
+            self._growing = None
+            if not receiver.is_only_codes(read):
+                receiver.check(read.name, held)
+            if held is not to:
+                to.copy_(held, non_blocking=True)
+            if (given := receiver.deliver(read.name, to)) is not None:
+                yield read.name, given
+
+    def _arrived(
+        self, read: Read, tensor: torch.Tensor, twin: torch.Tensor, receiver: Receiver
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """A tensor on the host, and where it can be copied from to the GPU."""
+        if not receiver.takes(read):  # who is given a tensor may keep it: other tensors pass through a slab
+            to = receiver.destination(read)
+            assert to is not None
+            tensor = to.copy_(twin, non_blocking=True)
+        if (given := receiver.deliver(read.name, tensor)) is not None:
+            yield read.name, given
+
+    def _look_again(self, reads: Sequence[FileRead], receiver: Receiver) -> None:
+        """Where a code was no number: which tensor's it was. Raises InvalidValueError."""
+        if self._looked_at:
+            flags = torch.stack([flag for _, flag in self._looked_at]).tolist()
+            batches = (batch for (batch, _), flag in zip(self._looked_at, flags, strict=True) if flag)
+            suspects = {piece.read.name for batch in batches for piece in batch.pieces}
+            for name, tensor in stream(_chosen(reads, lambda read: read.name in suspects), ReadLog()):
+                receiver.check(name, tensor)
+            self._looked_at.clear()
 
 
-class Slab:
-    """Page-locked memory for a batch of tensors, and what the GPU still does with it."""
+class Copies:
+    """Copies on the GPU that few calls begin."""
 
     def __init__(self) -> None:
-        self._bytes = _pinned((SLAB,), torch.uint8)
-        self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.memory = self._bytes.numpy().data
+        #: (dtype of the place, of the tensor, whether both are in one piece) -> places and tensors.
+        self._alike: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
-    def use(self) -> None:
-        """What was begun until now uses it."""
-        self._used.record()
+    def add(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
+        """One more."""
+        is_fast = place.is_contiguous() and tensor.is_contiguous()
+        places, tensors = self._alike.setdefault((place.dtype, tensor.dtype, is_fast), ([], []))
+        places.append(place)
+        tensors.append(tensor)
 
-    def wait(self) -> None:
-        """Until nothing uses it."""
-        self._used.synchronize()
+    def begin(self) -> None:
+        """All of them, each kind by one call."""
+        for places, tensors in self._alike.values():
+            torch._foreach_copy_(places, tensors, non_blocking=True)
+        self._alike.clear()
 
-    def view(self, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in it."""
-        return self._bytes[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
-    def sha256_of_each(self, places: Sequence[int], sizes: Sequence[int]) -> list[str]:
-        """Of its parts, once they have arrived."""
-        self.wait()
-        parts = (self.memory[begin : begin + size] for begin, size in zip(places, sizes, strict=True))
-        return [hashlib.sha256(part).hexdigest() for part in parts]
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Page-locked memory of the host."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def sha256_in_pieces(self, tensor: torch.Tensor) -> list[str]:
-        """Of a tensor of any size on the GPU."""
-        digest, data = hashlib.sha256(), tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        for begin in range(0, len(data), SLAB):
-            part = data[begin : begin + SLAB]
-            self._bytes[: len(part)].copy_(part, non_blocking=True)
-            self.use()
-            self.wait()
-            digest.update(self.memory[: len(part)])
-        return [digest.hexdigest()]
+
+def on_device(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the current GPU."""
+    return torch.empty(shape, dtype=dtype, device="cuda")
 
 
 def _chosen(reads: Sequence[FileRead], is_wanted: Callable[[Read], bool]) -> list[FileRead]:
     """Of each file the reads that are wanted; files of which any are."""
     found = [(source, path, list(filter(is_wanted, of))) for source, path, of in reads]
     return [file for file in found if file[2]]
-
-
-def _lay_out(sizes: Sequence[int]) -> list[int]:
-    """Where in a slab tensors of so many bytes begin, which with their alignment are at most `SLAB` together."""
-    return list(itertools.accumulate(map(_aligned, sizes[:-1]), initial=0))
-
-
-def _small_together(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """As many at a time as a slab holds, and what is larger alone."""
-    batch: list[tuple[str, torch.Tensor]] = []
-    left = SLAB
-    for name, tensor in tensors:
-        if batch and tensor.nbytes > left:
-            yield batch
-            batch, left = [], SLAB
-        batch.append((name, tensor))
-        left -= _aligned(tensor.nbytes)
-    if batch:
-        yield batch
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -20,6 +20,8 @@ from ...formats.nvfp4 import LAYOUTS as NVFP4_LAYOUTS
 from .codec import LARGEST_STEP, Codec, codec_of, least_step
 
 Tensors = dict[str, torch.Tensor]
+#: Values of narrow weights that are unpacked together, into a byte each.
+VALUES_AT_ONCE = 1 << 25
 
 
 class Arranged(NamedTuple):
@@ -33,7 +35,7 @@ def arrange(files: Tensors, module_format: ModuleFormat, codec: Codec | None = N
     """Local name -> tensor [weights, ...] of weights in one format -> the kernel's tensors; `files` is emptied.
 
     `weight`, and as the codec has them `scale`, `zero`, `factor`, `order` (the column of x that a stored one meets, -1
-    for filling) and `groups` (of each step). Narrow weights are unpacked one at a time; whole bytes are not copied.
+    for filling) and `groups` (of each step). Narrow weights are unpacked some at a time; whole bytes are not copied.
     Raises InconsistentFormatError for a g_idx that names groups which are not there.
     """
     codec = codec or codec_of(module_format)
@@ -60,42 +62,43 @@ def _weights(files: Tensors, module_format: ModuleFormat, codec: Codec, order: t
     size = unit * codec.bits // 32 if codec.has_words else codec.rows * codec.stored_columns
     dtype = torch.int32 if codec.has_words else torch.uint8
     found = torch.empty(len(stored), size, dtype=dtype, device=stored.device)
-    for number, one in enumerate(stored):
-        values = _values(one, module_format)
+    at_once = max(1, VALUES_AT_ONCE // unit)
+    for begin in range(0, len(stored), at_once):
+        some = slice(begin, begin + at_once)
+        values = _values(stored[some], module_format)
         if order is not None:
-            values = values[:, order[number].clamp_min(0).long()]
-        found[number] = words(values, codec) if codec.has_words else values.reshape(-1)
+            values = values.take_along_dim(order[some, None].clamp_min(0).long(), 2)
+        found[some] = words(values, codec) if codec.has_words else values.flatten(1)
     return found
 
 
 def words(values: torch.Tensor, codec: Codec) -> torch.Tensor:
-    """uint8 [rows, columns] -> int32 [rows * width * bits / 32], plane by plane."""
-    values = torch.nn.functional.pad(values, (0, codec.width - values.shape[1]))
+    """uint8 [weights, rows, columns] -> int32 [weights, rows * width * bits / 32], plane by plane."""
+    values = torch.nn.functional.pad(values, (0, codec.width - values.shape[-1]))
     parts = []
     for bits, below in codec.planes:
         fields, number = 32 // bits, codec.step * bits // 32
-        steps = ((values >> below) & ((1 << bits) - 1)).view(codec.rows, -1, codec.step)
         shape = (fields, number) if codec.is_sliced else (number, fields)
-        steps = steps.view(*steps.shape[:2], *shape)
+        steps = ((values >> below) & ((1 << bits) - 1)).view(len(values), codec.rows, -1, *shape)
         steps = steps.mT if codec.is_sliced else steps
-        plane = torch.zeros(steps.shape[:3], dtype=torch.int32, device=values.device)
+        plane = torch.zeros(steps.shape[:-1], dtype=torch.int32, device=values.device)
         for place in range(fields):
             plane |= steps[..., place].to(torch.int32) << (bits * place)
-        parts.append(plane.transpose(0, 1).reshape(-1))
-    return torch.cat(parts)
+        parts.append(plane.transpose(1, 2).flatten(1))
+    return torch.cat(parts, 1)
 
 
 def _values(stored: torch.Tensor, module_format: ModuleFormat) -> torch.Tensor:
-    """uint8 [rows, columns] of one weight."""
+    """uint8 [weights, rows, columns]."""
     name, columns = module_format.name, module_format.shape[1]
     if name == "gptq":
-        return unpack(stored, module_format.parameters.bits).T.contiguous()
+        return unpack(stored, module_format.parameters.bits, 1).mT.contiguous()
     if name == "awq":
-        return unpack_columns(stored).T.contiguous()
+        return unpack_columns(stored).mT.contiguous()
     if name == "packed":
-        return unpack(stored, module_format.parameters.bits, 1)[:, :columns]
+        return unpack(stored, module_format.parameters.bits, 2)[..., :columns].contiguous()
     octets = stored.view(torch.uint8)
-    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)[:, :columns]
+    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)[..., :columns].contiguous()
 
 
 def _scales(files: Tensors, module_format: ModuleFormat, codec: Codec) -> torch.Tensor:
