@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from safetensors.torch import save_file
 from sglang_mixed.checkpoint import Read
 from sglang_mixed.engine.loading import transfer
 from sglang_mixed.engine.loading.slabs import ALIGNMENT, Slab
-from sglang_mixed.engine.loading.transfer import HASHED, SLAB, SLABS, PinnedTransfer
+from sglang_mixed.engine.loading.transfer import HASHED, HASHERS, SLAB, SLABS, PinnedTransfer
 from sglang_mixed.errors import TruncatedFileError
 from sglang_mixed.formats.base import TORCH_DTYPES
 from sglang_mixed.stream import FileRead, ReadLog, sha256
 
 from ..test_stream import open_reads
+
+BORROWED = SLABS * SLAB + HASHERS * HASHED
 
 
 class StandInDevice:
@@ -56,6 +59,7 @@ class StandInDevice:
             "synchronize": lambda: self.arrive(self._begun),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
         monkeypatch.setattr(transfer, "pinned", self._lend)
         monkeypatch.setattr(transfer, "on_device", lambda shape, dtype: torch.empty(shape, dtype=dtype))
         monkeypatch.setattr(Slab, "has_nan", self._in_order(Slab.has_nan))
@@ -116,6 +120,7 @@ class Places:
         self.places = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name not in has_none}
         self.order: list[str] = []
         self.checked: dict[str, torch.Tensor] = {}
+        self.completes = False
 
     def takes(self, read: Read) -> bool:
         return read.name in self.places
@@ -134,6 +139,8 @@ class Places:
         if name not in self.places:
             return tensor
         self._transfer.copy(self.places[name], tensor)
+        if self.completes:
+            self._transfer.complete([(name, self.places[name])])
         return None
 
 
@@ -167,7 +174,7 @@ def test_small_tensors_arrive_at_a_stand_in_for_a_gpu_in_few_calls_from_one_thre
     assert receiver.order == [read.name for read in reads[0][2]]
     assert log.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
     assert device.callers == {threading.get_ident()} and device.calls < 10
-    assert device.pinned == SLABS * SLAB
+    assert device.pinned == BORROWED
 
 
 def test_what_has_no_place_is_given_on_in_memory_of_its_own(device: StandInDevice, tmp_path: Path) -> None:
@@ -189,7 +196,7 @@ def test_tensors_larger_than_a_slab_arrive_in_pieces(device: StandInDevice, tmp_
     found = receiver.places if has_places else given
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert receiver.checked.keys() == tensors.keys()
-    assert device.pinned == SLABS * SLAB
+    assert device.pinned == BORROWED
 
 
 def test_rows_and_columns_of_a_large_tensor_arrive_where_they_belong(device: StandInDevice, tmp_path: Path) -> None:
@@ -231,20 +238,40 @@ def test_a_file_that_was_cut_names_the_tensor_it_ends_in(device: StandInDevice, 
 def test_hashes_of_tensors_small_and_large_are_those_of_their_bytes(device: StandInDevice, sizes: list[int]) -> None:
     tensors = {str(size): torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes}
     tensors |= {f"float {size}": torch.randn(size // 4) for size in sizes}
-    assert dict(PinnedTransfer().hashes(tensors.items())) == {name: sha256(one) for name, one in tensors.items()}
+    assert hashes_of(tensors) == {name: sha256(one) for name, one in tensors.items()}
+
+
+def hashes_of(tensors: dict[str, torch.Tensor]) -> Mapping[str, str]:
+    one = PinnedTransfer()
+    assert list(one.stream([], ReadLog(), Places(one, {}))) == []
+    return one.hashes(tensors.items())
 
 
 def test_many_hashes_take_the_slabs_that_there_are(device: StandInDevice) -> None:
-    tensors, one = of_sizes(*[HASHED // 2] * 100), PinnedTransfer()
-    for _ in range(2):
-        assert dict(one.hashes(tensors.items())) == {name: sha256(tensor) for name, tensor in tensors.items()}
-    assert device.pinned == SLABS * SLAB
+    tensors = of_sizes(*[HASHED // 2] * 100)
+    assert hashes_of(tensors) == {name: sha256(tensor) for name, tensor in tensors.items()}
+    assert device.pinned == BORROWED
+
+
+def test_a_parameter_is_hashed_as_it_is_when_it_is_complete_and_not_again(
+    device: StandInDevice, tmp_path: Path
+) -> None:
+    tensors = of_sizes(*[SLAB // 3] * 30, SLAB + 5, 7)
+    reads, one = write(tmp_path, **tensors), PinnedTransfer()
+    receiver = Places(one, tensors)
+    receiver.completes = True
+    assert list(one.stream(reads, ReadLog(), receiver)) == []
+    places = {name: place.clone() for name, place in receiver.places.items()}
+    receiver.places["t0"].zero_()
+    later = {"later": torch.arange(9)}
+    assert one.hashes([*receiver.places.items(), *later.items()]) == {
+        name: sha256(tensor) for name, tensor in (places | later).items()
+    }
 
 
 def test_a_hash_of_columns_is_their_bytes_in_row_major_order(device: StandInDevice) -> None:
     small, large = torch.randn(64, 48).bfloat16()[:, 8:24], torch.randn(HASHED // 32, 48).bfloat16()[:, 8:28]
-    found = dict(PinnedTransfer().hashes([("small", small), ("large", large)]))
-    assert found == {"small": sha256(small), "large": sha256(large)}
+    assert hashes_of({"small": small, "large": large}) == {"small": sha256(small), "large": sha256(large)}
 
 
 def test_fp8_codes_that_are_no_numbers_are_found_by_looking_at_their_batch_on_the_gpu(
@@ -292,6 +319,4 @@ def test_hashes_of_tensors_in_turns_in_their_parameters_are_those_of_their_bytes
         for matrix in range(len(one))
         for begin in (0, 16, 32)
     }
-    found = list(PinnedTransfer().hashes(tensors.items()))
-    assert dict(found) == {name: sha256(tensor) for name, tensor in tensors.items()}
-    assert len(found) == len(tensors)
+    assert hashes_of(tensors) == {name: sha256(tensor) for name, tensor in tensors.items()}

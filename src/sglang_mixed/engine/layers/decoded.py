@@ -24,7 +24,7 @@ from ...kernels.grouped.codec import codec_of, why_not
 from ...kernels.grouped.table import Weight
 from ...plan import Part, PlannedModule
 from .. import state
-from ..loading.file_tensors import Converted, FileTensors, StockTensor, TensorPlace
+from ..loading.file_tensors import Converted, FileTensors, StockTensor, TensorPlace, Whole
 from ..loading.ledger import Line
 from .moe import ExpertModules
 
@@ -109,12 +109,14 @@ class ExpertBiases(FileTensors):
             begin, end = loading.plan.parts[experts[0][role].name].wanted.rows
             parameter = torch.nn.Parameter(torch.zeros(len(experts), end - begin, dtype=dtype), requires_grad=False)
             self.register_parameter(name, parameter)
+            whole = Whole()
             for number, module in enumerate(expert[role] for expert in experts):
                 assert module.bias is not None
-                tensor = StockTensor(parameter, (number,), (end - begin,), TORCH_DTYPES[module.bias])
-                self.tensors[join(module.name, "bias")] = tensor
-                place = TensorPlace(module, "bias", loading.plan.parts[module.name], tensor)
-                loading.expect(Line(module.name, None, None, "bias"), join(module.name, "bias"), place)
+                full = join(module.name, "bias")
+                self.tensors[full] = StockTensor(parameter, (number,), (end - begin,), TORCH_DTYPES[module.bias])
+                whole.expect(full, self.tensors[full])
+                place = TensorPlace(whole, module, "bias", loading.plan.parts[module.name], self.tensors[full])
+                loading.expect(Line(module.name, None, None, "bias"), full, place)
 
     def of(self, role: int, expert: int) -> torch.Tensor | None:
         """What is added to an expert's product on this rank."""

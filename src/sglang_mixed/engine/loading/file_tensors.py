@@ -65,10 +65,32 @@ class StockTensor:
         self.parameter = _nothing(self.parameter.dtype)
 
 
+class Whole:
+    """The file tensors that one parameter is made of."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, StockTensor] = {}
+        self._missing = 0
+
+    def expect(self, name: str, tensor: StockTensor) -> Whole:
+        """One more."""
+        self._tensors[name] = tensor
+        self._missing += 1
+        return self
+
+    def arrive(self) -> None:
+        """One of them did; after the last one nothing writes to the parameter any longer."""
+        self._missing -= 1
+        if not self._missing:
+            restored = [(name, tensor.restore()) for name, tensor in self._tensors.items()]
+            state.current_loading().transfer.complete(restored)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
     """Where one file tensor goes (see `intake.Place`); `part` is what this rank holds of the module."""
 
+    whole: Whole
     module: PlannedModule
     local: str
     part: Part
@@ -91,6 +113,7 @@ class TensorPlace:
             without_implied({**expected, self.local: found}, self.part.format)
         place = self.tensor.parameter.data[self.tensor.index]
         state.current_loading().transfer.copy(place, tensor.reshape(place.shape))
+        self.whole.arrive()
 
 
 class FileTensors(torch.nn.Module):
@@ -112,9 +135,10 @@ class FileTensors(torch.nn.Module):
             dtype = file_dtype(matrices[0][0].format, local, plain_dtype)
             parameter = torch.nn.Parameter(torch.zeros(len(matrices), *shape, dtype=dtype), requires_grad=False)
             self.register_parameter(local, parameter)
+            whole = Whole()
             for number, parts in enumerate(matrices):
                 for module, room, offset in zip(parts, rooms, offsets, strict=True):
-                    self._expect(module, local, room, parameter, (number, *offset))
+                    self._expect(whole, module, local, room, parameter, (number, *offset))
 
     def take(self) -> Tensors:
         """Local name -> its tensor, which is not kept here any longer."""
@@ -135,7 +159,13 @@ class FileTensors(torch.nn.Module):
         return sum(tensor.nbytes for name, tensor in self.tensors.items() if name not in self._implied)
 
     def _expect(
-        self, module: PlannedModule, local: str, room: Region, parameter: torch.nn.Parameter, before: Index
+        self,
+        whole: Whole,
+        module: PlannedModule,
+        local: str,
+        room: Region,
+        parameter: torch.nn.Parameter,
+        before: Index,
     ) -> None:
         part = state.current_loading().plan.parts[module.name]
         name, index = join(module.name, local), list(before)
@@ -150,7 +180,7 @@ class FileTensors(torch.nn.Module):
         self.tensors[name] = tensor
         if local in implied(part.format):
             self._implied.add(name)
-        waiting = TensorPlace(module, local, part, tensor)
+        waiting = TensorPlace(whole.expect(name, tensor), module, local, part, tensor)
         state.current_loading().expect(Line(module.name, None, None, local), name, waiting)
 
 

@@ -24,7 +24,7 @@ from .latent import derive_latent_weights
 from .ledger import Ledger
 from .proof import Proof
 from .stock import StockParameters, vocabularies
-from .transfer import PinnedTransfer
+from .transfer import PinnedTransfer, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         ledger = Ledger()
         self._stock = StockParameters(plan, ledger)
         proof = Proof(plan, self._stock, self._log)
-        state.loading = state.Loading(plan, ledger, proof, self._request.verify_values)
+        transfer = PinnedTransfer() if torch.cuda.is_available() and not runs_on_torch_cpu() else Transfer()
+        state.loading = state.Loading(plan, ledger, proof, self._request.verify_values, transfer)
         threads = torch.get_num_threads()
         # The readers have a core to themselves; an operator that waits for one more thread there waits long. With a GPU
         # only the readers compute on the host, and are as many as help.
@@ -75,8 +76,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
         loading.vocabularies = vocabularies(model)
         reads = list(loading.plan.reads())
         total = sum(read.nbytes for _, _, tensors in reads for read in tensors)
-        if torch.cuda.is_available() and not runs_on_torch_cpu():
-            loading.transfer = PinnedTransfer()
         with progress("mixed precision: loading", total) as self._log.advance:
             for name, tensor in loading.transfer.stream(reads, self._log, loading):
                 self._stock.give(name, tensor)

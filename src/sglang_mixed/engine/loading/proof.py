@@ -27,7 +27,7 @@ from ...stream import ReadLog, sha256, stream
 from ..cpu.platform import runs_on_torch_cpu
 from .intake import Bias, Intake
 from .stock import StockParameters
-from .transfer import Transfer
+from .transfer import Transfer, give_back
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,8 @@ class Proof:
 
     def _verify(self) -> Iterator[None]:
         """A weight at a time."""
+        if torch.cuda.is_available():
+            give_back()
         self.note_stock(Transfer())
         for weight in self._weights:
             self._memory.update((name, sha256(tensor)) for name, tensor in weight.restore().items())

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -90,6 +91,27 @@ class Slab:
         if dtype not in self._typed:
             self._typed[dtype] = self._host.view(dtype), self._device.view(dtype)
         return self._typed[dtype]
+
+
+class Copies:
+    """Copies on the GPU that few calls begin."""
+
+    def __init__(self) -> None:
+        #: (dtype of the place, of the tensor, whether both are in one piece) -> places and tensors.
+        self._alike: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+
+    def add(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
+        """One more."""
+        is_fast = place.is_contiguous() and tensor.is_contiguous()
+        places, tensors = self._alike.setdefault((place.dtype, tensor.dtype, is_fast), ([], []))
+        places.append(place)
+        tensors.append(tensor)
+
+    def begin(self) -> None:
+        """All of them, each kind by one call."""
+        for places, tensors in self._alike.values():
+            torch._foreach_copy_(places, tensors, non_blocking=True)
+        self._alike.clear()
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,23 +9,24 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ...checkpoint import Piece, Read
 from ...formats.base import TORCH_DTYPES
 from ...stream import FileRead, ReadLog, sha256, stream
-from .batches import Batch, batches, together
-from .slabs import Slab, as_bytes, lay_out
+from .batches import Batch, batches
+from .hashing import Hasher
+from .slabs import Copies, Slab, as_bytes
 
 #: Page-locked memory through which all tensors pass, in slabs. To lock a MiB may take a millisecond.
-SLAB, SLABS = 8 << 20, 6
+SLAB, SLABS = 8 << 20, 4
 #: Hashing takes more threads than reading, with less each.
-HASHED, HASHERS = 4 << 20, 12
+HASHED, HASHERS = 4 << 20, 10
 #: Bytes of a view of a matrix that gets page-locked memory of its own: what is larger would lock more than it saves.
 PINNED_TO = 64 << 20
 
@@ -69,9 +70,12 @@ class Transfer:
         """Copy what was read; with a GPU, begin to."""
         place.copy_(tensor)
 
-    def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
-        """(name, SHA-256 of the tensor's bytes in row-major order, as hexadecimal)."""
-        return ((name, sha256(tensor)) for name, tensor in tensors)
+    def complete(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """All that a parameter is made of: nothing else will be copied to it."""
+
+    def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, str]:
+        """Name -> SHA-256 of the tensor's bytes in row-major order, as hexadecimal."""
+        return {name: sha256(tensor) for name, tensor in tensors}
 
     def close(self) -> None:
         """What was borrowed is given back."""
@@ -81,18 +85,23 @@ class PinnedTransfer(Transfer):
     """To the current GPU and back: few threads read, one speaks to the GPU, and what can wait for the end does."""
 
     def __init__(self) -> None:
-        cores = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
-        self._hashers, self._device = max(2, min(HASHERS, cores)), torch.cuda.current_device()
-        self._slabs = Slab(pinned((SLABS * SLAB,), torch.uint8), on_device((SLABS * SLAB,), torch.uint8)).split(SLABS)
+        self._device = torch.cuda.current_device()
+        # Memory that is page-locked takes its time: a thread asks for it while the model is built.
+        asking = ThreadPoolExecutor(1, "weight-memory", torch.cuda.set_device, (self._device,))
+        self._memory = asking.submit(_slabs)
+        asking.shutdown(wait=False)
         self._sent: Slab | None = None
         self._copies = Copies()
         #: What the tensor that comes in pieces is for, and what holds those that have come.
         self._growing: tuple[torch.Tensor, torch.Tensor] | None = None
         #: Batches of e4m3 codes, and whether any of these is no number, which the GPU will know.
         self._looked_at: list[tuple[Batch, torch.Tensor]] = []
+        self._hashed: set[str] = set()
 
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of matrices last. What others are given is on the GPU."""
+        self._slabs, for_hashes = self._memory.result()
+        self._hasher = Hasher(for_hashes, self._device)
         views = _chosen(reads, lambda read: read.entry.view is not None)
         yield from self._stream_pieces(_chosen(reads, lambda read: read.entry.view is None), log, receiver)
         for name, tensor, read in self._stream_views(views, log):
@@ -113,37 +122,19 @@ class PinnedTransfer(Transfer):
         else:
             self._copies.add(place, twin)
 
-    def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
-        """Small ones in batches, and what is larger in pieces."""
-        slabs = deque(part for slab in self._slabs for part in slab.split(SLAB // HASHED))
-        prepared: deque[tuple[Slab, list[str], Future[list[str]]]] = deque()
-        with ThreadPoolExecutor(self._hashers, "weight-hasher", torch.cuda.set_device, (self._device,)) as pool:
-            for batch in together(tensors, HASHED):
-                if not slabs or len(prepared) > self._hashers:
-                    slab, names, job = prepared.popleft()
-                    yield from zip(names, job.result(), strict=True)
-                    slabs.append(slab)
-                slab, (names, parts) = slabs.popleft(), map(list, zip(*batch, strict=True))
-                sizes = [part.nbytes for part in parts]
-                if sizes[0] > HASHED:
-                    job = pool.submit(slab.sha256_in_pieces, parts[0])
-                else:
-                    places = lay_out(sizes)
-                    for place, part in zip(places, parts, strict=True):
-                        self._copies.add(slab.on_device(place, part.shape, part.dtype), part)
-                    self._copies.begin()
-                    slab.fetch(places[-1] + sizes[-1])
-                    job = pool.submit(slab.sha256_of, places, sizes)
-                prepared.append((slab, names, job))
-            for _, names, job in prepared:
-                yield from zip(names, job.result(), strict=True)
+    def complete(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """They are hashed while others are read."""
+        self._hasher.add(tensors)
+        self._hashed.update(name for name, _ in tensors)
+
+    def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, str]:
+        """Once; those that were complete before are among them."""
+        self._hasher.add((name, tensor) for name, tensor in tensors if name not in self._hashed)
+        return self._hasher.finish()
 
     def close(self) -> None:
-        """All page-locked memory."""
-        self._slabs.clear()
-        give_back = getattr(torch._C, "_host_emptyCache", None)  # private: torch 2.11 has no other name
-        if give_back is not None:
-            give_back()
+        """All memory of the GPU; what is page-locked, `give_back` gives back, which takes some time."""
+        del self._memory, self._hasher, self._slabs
 
     def _stream_pieces(
         self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver
@@ -176,6 +167,7 @@ class PinnedTransfer(Transfer):
                     yield from self._arrived(piece.read, tensor, slab.on_device(*what), receiver)
                 self._sent = None
                 self._copies.begin()
+                self._hasher.begin()
                 free.append(slab)
 
     def _stream_views(self, reads: Sequence[FileRead], log: ReadLog) -> Iterator[tuple[str, torch.Tensor, Read]]:
@@ -230,30 +222,27 @@ class PinnedTransfer(Transfer):
             self._looked_at.clear()
 
 
-class Copies:
-    """Copies on the GPU that few calls begin."""
+def give_back() -> None:
+    """Page-locked memory that nobody uses any longer, to the system."""
+    if (empty := getattr(torch._C, "_host_emptyCache", None)) is not None:  # private: torch 2.11 has no other name
+        empty()
 
-    def __init__(self) -> None:
-        #: (dtype of the place, of the tensor, whether both are in one piece) -> places and tensors.
-        self._alike: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
-    def add(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
-        """One more."""
-        is_fast = place.is_contiguous() and tensor.is_contiguous()
-        places, tensors = self._alike.setdefault((place.dtype, tensor.dtype, is_fast), ([], []))
-        places.append(place)
-        tensors.append(tensor)
+def _slabs() -> tuple[list[Slab], list[Slab]]:
+    """For reading, and for hashing."""
+    cores = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
+    hashers = max(2, min(HASHERS, cores))
+    return _split(SLABS, SLAB), _split(hashers, HASHED)
 
-    def begin(self) -> None:
-        """All of them, each kind by one call."""
-        for places, tensors in self._alike.values():
-            torch._foreach_copy_(places, tensors, non_blocking=True)
-        self._alike.clear()
+
+def _split(number: int, nbytes: int) -> list[Slab]:
+    shape = (number * nbytes,)
+    return Slab(pinned(shape, torch.uint8), on_device(shape, torch.uint8)).split(number)
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Page-locked memory of the host."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def on_device(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
