@@ -14,7 +14,7 @@ import torch
 from sglang_mixed.engine import state
 from sglang_mixed.engine.loading.ledger import Ledger
 from sglang_mixed.plan import RankPlan
-from sglang_mixed.stream import ReadLog, stream
+from sglang_mixed.stream import ReadLog
 
 from .. import models
 from ..formats import packers
@@ -166,7 +166,7 @@ def fill(plan: RankPlan, build: Callable[[], T]) -> T:
     """Build layers of ours and deliver everything they wait for, as the loader does."""
     with loading(plan) as current:
         built = build()
-        for _ in stream(list(plan.reads()), ReadLog(), current.destination, current.deliver):
+        for _ in current.transfer.stream(list(plan.reads()), ReadLog(), current):
             pass
         current.ledger.close()
     return built

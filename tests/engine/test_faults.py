@@ -22,6 +22,7 @@ from sglang_mixed.engine.loading.intake import Intake
 from sglang_mixed.engine.loading.ledger import Ledger
 from sglang_mixed.engine.loading.proof import Proof
 from sglang_mixed.engine.loading.stock import StockParameters
+from sglang_mixed.engine.loading.transfer import Transfer
 from sglang_mixed.errors import ProofError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog
@@ -214,7 +215,7 @@ def prove(held: RankPlan, planned: RankPlan, ended: threading.Event, monkeypatch
     signals = SimpleNamespace(kill=lambda *_: ended.set(), getppid=lambda: 0)
     monkeypatch.setattr(proof_module, "os", signals)
     monkeypatch.setattr(proof_module, "multiprocessing", SimpleNamespace(parent_process=lambda: signals))
-    proof = Proof(planned, StockParameters(planned, Ledger()), ReadLog())
+    proof = Proof(planned, StockParameters(planned, Ledger(), Transfer()), ReadLog())
     proof.complete(load(held), 0.0)
     for thread in threading.enumerate():
         if thread.name == "weight-proof":

@@ -13,6 +13,7 @@ import torch
 from sglang_mixed.engine.loading.intake import Intake
 from sglang_mixed.engine.loading.ledger import Ledger, Line
 from sglang_mixed.engine.loading.stock import StockParameters
+from sglang_mixed.engine.loading.transfer import Transfer
 from sglang_mixed.errors import LedgerError
 from sglang_mixed.formats import detect
 from sglang_mixed.formats.base import TensorInfo
@@ -102,7 +103,7 @@ def deliver(loader: Callable[..., None]) -> None:
     parameter.weight_loader = loader
     plain = detect("0", {"weight": TensorInfo("BF16", (4, 8))}, {})
     plan: Any = SimpleNamespace(parts={"0": SimpleNamespace(format=plain)})
-    stock = StockParameters(plan, ledger)
+    stock = StockParameters(plan, ledger, Transfer())
     stock.watch(model)
     weight = torch.ones(4, 8, dtype=torch.bfloat16)
     stock.give("0.weight", weight)

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from ...checkpoint import join
+from ...errors import InconsistentFormatError
 from ...formats import ModuleFormat, tensor_specs
 from ...formats.base import TORCH_DTYPES, Shape
 from ...formats.fusion import out_axis
 from ...formats.slicing import Region, rebase, tensor_ranges
 from ...kernels.implied import implied, without_implied
 from ...plan import Part, PlannedModule
+from ...plan.values import check_planned
 from .. import state
 from .kernel_builds import Kernel
 from .ledger import Line
@@ -95,6 +97,8 @@ class TensorPlace:
     local: str
     part: Part
     tensor: StockTensor
+    #: Whether the format says what the tensor must be.
+    is_implied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -107,10 +111,15 @@ class TensorPlace:
 
     def receive(self, tensor: torch.Tensor) -> None:
         """Copy this rank's part, as read. Kernels leave out what the format implies: it must be that."""
-        expected = implied(self.part.format)
-        if self.local in expected:
+        if self.is_implied:
             found = rebase(self.local, tensor.cpu(), self.module.format, self.part.held)
-            without_implied({**expected, self.local: found}, self.part.format)
+            try:
+                without_implied({**implied(self.part.format), self.local: found}, self.part.format)
+            except InconsistentFormatError:
+                check_planned(
+                    state.current_loading().plan.plan, join(self.module.name, self.local), tensor, everything=False
+                )  # may say more
+                raise
         place = self.tensor.parameter.data[self.tensor.index]
         state.current_loading().transfer.copy(place, tensor.reshape(place.shape))
         self.whole.arrive()
@@ -178,9 +187,10 @@ class FileTensors(torch.nn.Module):
         shape = tuple(end - begin for begin, end in here)
         tensor = StockTensor(parameter, tuple(index), shape, file_dtype(module.format, local))
         self.tensors[name] = tensor
-        if local in implied(part.format):
+        is_implied = local in implied(part.format)
+        if is_implied:
             self._implied.add(name)
-        waiting = TensorPlace(whole.expect(name, tensor), module, local, part, tensor)
+        waiting = TensorPlace(whole.expect(name, tensor), module, local, part, tensor, is_implied)
         state.current_loading().expect(Line(module.name, None, None, local), name, waiting)
 
 

@@ -30,6 +30,11 @@ class Place(Protocol):
         """Bytes of this rank's part of the tensor, as the file holds it."""
         ...
 
+    @property
+    def is_implied(self) -> bool:
+        """Whether `receive` compares the tensor with what it must be, and so nobody else has to look at it."""
+        ...
+
     def destination(self) -> torch.Tensor | None:
         """Where it can be read to without a copy; None for memory of its own."""
         ...
@@ -48,6 +53,7 @@ class WeightPlace:
     local: str
     format: ModuleFormat
     held: Region
+    is_implied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +75,7 @@ class Bias:
 
     name: str
     tensor: torch.Tensor
+    is_implied: bool = False
 
     def destination(self) -> torch.Tensor:
         """Itself."""

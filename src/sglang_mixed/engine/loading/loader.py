@@ -48,10 +48,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
         agree_on_plan(self._request.fingerprint)
         self._speaks = is_first_of_host()
         plan = self._request.rebuild_plan().rank(this_rank())
-        ledger = Ledger()
-        self._stock = StockParameters(plan, ledger)
-        proof = Proof(plan, self._stock, self._log)
         transfer = PinnedTransfer() if torch.cuda.is_available() and not runs_on_torch_cpu() else Transfer()
+        ledger = Ledger()
+        self._stock = StockParameters(plan, ledger, transfer)
+        proof = Proof(plan, self._stock, self._log)
         state.loading = state.Loading(plan, ledger, proof, self._request.verify_values, transfer)
         threads = torch.get_num_threads()
         # The readers have a core to themselves; an operator that waits for one more thread there waits long. With a GPU

@@ -18,11 +18,11 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from ...formats import tensor_specs
 from ...formats.base import Axis, TensorSpec
 from ...plan import RankPlan
-from .. import state
 from ..names import Shard
 from .file_tensors import Converted, FileTensors, StockTensor, file_dtype
 from .kernel_builds import Kernel
 from .ledger import Ledger, Line
+from .transfer import Transfer
 from .written import Written
 
 #: Local name of the tensors that GPT-OSS copies into their parameters itself.
@@ -33,8 +33,8 @@ _PLACES: dict[Shard, int] = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1}
 class StockParameters:
     """Every parameter of a model: what layers of ours hold is none."""
 
-    def __init__(self, plan: RankPlan, ledger: Ledger) -> None:
-        self._plan, self._ledger = plan, ledger
+    def __init__(self, plan: RankPlan, ledger: Ledger, transfer: Transfer) -> None:
+        self._plan, self._ledger, self._transfer = plan, ledger, transfer
         #: Memory of a tensor that was given to the model -> its checkpoint name. Some models load in threads.
         self._given: dict[int, str] = {}
         self._latest = ""
@@ -123,7 +123,7 @@ class StockParameters:
             names.append(name)
             if not missing:  # nothing writes to it any longer
                 whole = [(name, self.tensors[name].restore()) for name in names]
-                state.current_loading().transfer.complete(whole)
+                self._transfer.complete(whole)
             return result
 
         # SGLang's typed parameters have a read-only property of that name.
