@@ -75,6 +75,8 @@ KERNELS = {
     passes: ("sort_pairs", "gate_up", "down", "sum_slots", "linear"),
     parts: ("gate_up_parts", "activate_parts", "down_parts", "sum_parts", "linear_parts", "sum_rows"),
 }
+#: Those that do not depend on formats.
+COMMON = ("sort_pairs", "sum_slots", "sum_parts", "sum_rows")
 
 
 class Absent:
@@ -183,7 +185,7 @@ def lines(only: list[str]) -> Iterator[dict[str, Any]]:
         for tokens in TOKENS:
             found = compile_experts(formats, tokens) + (compile_linear(name, tokens) if name in alone else [])
             for kernel, rows, compiled in found:
-                common = kernel in ("sort_pairs", "sum_slots")
+                common = kernel in COMMON
                 if common and f"{kernel} {rows}" in seen:
                     continue
                 seen.add(f"{kernel} {rows}")

@@ -164,7 +164,7 @@ def experts(
 ) -> dict[str, Any]:
     """A layer's errors, whether guards held, and (`reorders`) how far off another order of the tokens is.
 
-    In so many `parts` also how far off it is to activate them in a kernel of its own.
+    In so many `parts` also the error (`apart`) where a kernel of its own activates them.
     """
     grouped.TOKENS_AT_ONCE = at_once
     layer = Layer(names, *sizes, Activation(*activation), biased, dtype)
@@ -176,13 +176,14 @@ def experts(
     grouped.ACTIVATES_APART = not grouped.ACTIVATES_APART
     order = torch.from_numpy(generator("order").permutation(tokens)).to(DEVICE)
     other = layer.layer.run(x[order], weights[order], ids[order]) if reorders else found[order]
-    worst, whole = nmse(found, layer.expected(x, weights, ids)) if tokens else (0.0, 0.0)
+    expected = layer.expected(x, weights, ids) if tokens else np.empty(0)
+    worst, whole = nmse(found, expected) if tokens else (0.0, 0.0)
     return {
         "worst": worst,
         "whole": whole,
         "guarded": layer.layer.are_whole(),
         "skipped": not found[tokens // 2].any() if tokens and skips else True,
-        "apart": float((apart.double() - found.double()).abs().max()) if tokens else 0.0,
+        "apart": nmse(apart, expected)[1] if tokens else 0.0,
         "reordered": float((other.double() - found[order].double()).abs().max()) if tokens else 0.0,
     }
 

@@ -16,6 +16,8 @@ from grouped_cases import FORMATS
 from sglang_mixed.formats import detect
 from sglang_mixed.formats.slicing import Region
 from sglang_mixed.kernels.base import Tensors
+from sglang_mixed.kernels.grouped import launch
+from sglang_mixed.kernels.grouped.codec import LARGEST_STEP
 from sglang_mixed.kernels.implied import without_implied
 
 Run = Callable[..., Any]
@@ -154,6 +156,13 @@ def test_a_layer_in_bf16_is_as_exact_as_the_interpreter_rounds(layers: Any) -> N
     assert_close(layers["bfloat16"].result()["worst"], layers["bfloat16"].result()["whole"], 2 * WHOLE_CUT_OFF)
 
 
+@pytest.mark.parametrize("columns", [64, 768, 2048, 2880])
+def test_a_product_is_cut_where_it_has_few_programs_and_its_parts_have_steps(columns: int) -> None:
+    steps = -(-columns // LARGEST_STEP)
+    few, many = (launch.cut(launch.DOWN_PARTS, columns, 2048, products).parts for products in (1, 64))
+    assert few == max(1, -(-steps // launch.LEAST_STEPS)) and many == 1
+
+
 IN_PARTS = ["one pair", "one token", "most pairs", "all formats", "gate and up whole", "down whole", "gelu", "limited"]
 BOUNDS = {"one token": 1e-10, "float32": 1e-10, "bfloat16": 2 * WHOLE_CUT_OFF}
 
@@ -162,7 +171,7 @@ BOUNDS = {"one token": 1e-10, "float32": 1e-10, "bfloat16": 2 * WHOLE_CUT_OFF}
 def test_a_layer_in_parts_computes_what_it_must(layers_in_parts: Any, name: str) -> None:
     found = layers_in_parts[name].result()
     assert_close(0, found["whole"], BOUNDS.get(name, WHOLE))
-    assert found["apart"] == 0
+    assert found["apart"] == found["whole"]
 
 
 def test_kernels_write_their_tensors_and_nothing_else(layers: Any, layers_in_parts: Any) -> None:
