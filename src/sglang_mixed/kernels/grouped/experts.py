@@ -101,11 +101,12 @@ class GroupedExperts:
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor, first: Cut, second: Cut
     ) -> None:
         (tokens, top_k), num_pairs, experts = ids.shape, ids.numel(), ids.flatten().to(torch.int32)
-        sizes = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate}
+        sizes, overlap = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate}, launch.overlap(x)
         sums = self.empty(first.parts, num_pairs, 2, self.intermediate, like=x, dtype=torch.float32)
         parts.gate_up_parts[first.grid(self.intermediate, num_pairs, 2)](
             x, sums, self._table, experts,
-            TOP_K=top_k, CODECS=self.gate_up_codecs, PARTS=first.parts, **sizes, **launch.options(first.tiles, x),
+            TOP_K=top_k, CODECS=self.gate_up_codecs, PARTS=first.parts, **sizes, **overlap,
+            **launch.options(first.tiles, x),
         )  # fmt: skip
         limits, columns = (self._activation.alpha, self._activation.limit), launch.SUMMED_AT_ONCE
         pending: Pending | None = Pending(first.parts, self.has_bias, self._activation.name)
@@ -113,19 +114,19 @@ class GroupedExperts:
             hidden = self.empty(num_pairs, self.intermediate, like=x)
             parts.activate_parts[(num_pairs, triton.cdiv(self.intermediate, columns))](
                 sums, hidden, self._table, experts, *limits,
-                INTERMEDIATE=self.intermediate, PENDING=pending, BLOCK=columns,
+                INTERMEDIATE=self.intermediate, PENDING=pending, BLOCK=columns, **overlap,
             )  # fmt: skip
             sums, pending = hidden, None
         products = self.empty(second.parts, num_pairs, self.hidden, like=x, dtype=torch.float32)
         parts.down_parts[second.grid(self.hidden, num_pairs)](
             sums, products, self._table, experts, *limits,
             CODECS=self.down_codecs, PARTS=second.parts, PENDING=pending, TYPE=TYPES[x.dtype],
-            **sizes, **launch.options(second.tiles, x),
+            **sizes, **overlap, **launch.options(second.tiles, x),
         )  # fmt: skip
         parts.sum_parts[(tokens, triton.cdiv(self.hidden, columns))](
             products, ids, weights, self._table, output, self._factor,
             HIDDEN=self.hidden, TOP_K=top_k, PARTS=second.parts, HAS_BIAS=self.has_bias,
-            SLOTS=triton.next_power_of_2(top_k), BLOCK=columns,
+            SLOTS=triton.next_power_of_2(top_k), BLOCK=columns, **overlap,
         )  # fmt: skip
 
     def _run_whole(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:

@@ -37,6 +37,8 @@ ENOUGH_PROGRAMS = 4 * 132
 LEAST_STEPS = 2
 #: Outputs of a program that adds parts.
 SUMMED_AT_ONCE = 128
+#: Whether kernels of parts are launched while the one ahead of them still runs, which hides what a launch takes.
+OVERLAPS = False
 
 
 class Cut(NamedTuple):
@@ -78,3 +80,10 @@ def options(tiles: Tiles, x: torch.Tensor) -> dict[str, Any]:
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
+
+
+def overlap(x: torch.Tensor) -> dict[str, bool]:
+    """How kernels of parts are launched; GPUs have programmatic dependent launches from Hopper on."""
+    if OVERLAPS and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": False}

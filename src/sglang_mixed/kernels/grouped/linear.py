@@ -39,16 +39,18 @@ class DecodedLinear:
         return cut(launch.LINEAR_PARTS, self._columns, self._outputs, 1)
 
     def _run_in_parts(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
+        overlap = launch.overlap(x)
         sums = self.empty(own.parts, len(x), self._outputs, like=x, dtype=torch.float32)
         parts.linear_parts[own.grid(self._outputs, 1)](
             x, sums, self._table, len(x),
             COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), PARTS=own.parts,
-            **launch.options(own.tiles, x),
+            **overlap, **launch.options(own.tiles, x),
         )  # fmt: skip
         columns = launch.SUMMED_AT_ONCE
         parts.sum_rows[(len(x), triton.cdiv(self._outputs, columns))](
             sums, x if bias is None else bias, output,
             OUTPUTS=self._outputs, PARTS=own.parts, HAS_BIAS=bias is not None, BLOCK=columns,
+            **overlap,
         )  # fmt: skip
 
     def _run_whole(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import activated
 from .decode import FIELDS, each, read_bias
 from .product import multiply
+
+
+@triton.jit
+def _begin(OVERLAPS: tl.constexpr):
+    """Wait for the kernel ahead, if this one was launched before its end, and let the next be launched too."""
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -28,11 +37,13 @@ def gate_up_parts(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [PARTS, pairs, 2, INTERMEDIATE] in float32: each pair's products of gate and up, without their biases.
 
     `table` [experts, 3, FIELDS], `experts` [pairs]: -1 for a pair to leave out.
     """
+    _begin(OVERLAPS)
     pair, number = tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + pair)
     if expert < 0:
@@ -61,8 +72,10 @@ def activate_parts(
     INTERMEDIATE: tl.constexpr,
     PENDING: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [pairs, INTERMEDIATE] of what `gate_up_parts` wrote."""
+    _begin(OVERLAPS)
     pair = tl.program_id(0)
     expert = tl.load(experts + pair)
     if expert < 0:
@@ -91,11 +104,13 @@ def down_parts(
     BLOCK_N: tl.constexpr,
     TYPE: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [PARTS, pairs, HIDDEN] in float32: each pair's down product, without its bias and the router's weight.
 
     x is [pairs, INTERMEDIATE], or with `PENDING` what `gate_up_parts` wrote.
     """
+    _begin(OVERLAPS)
     pair, part = tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + pair)
     if expert < 0:
@@ -134,10 +149,12 @@ def sum_parts(
     HAS_BIAS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [tokens, HIDDEN] of x [PARTS, pairs, HIDDEN]: a token's pairs whose ids are not -1, each with its bias and
     times the router's weight, added up and times `factor`. SLOTS is a power of two from TOP_K on.
     """
+    _begin(OVERLAPS)
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slots = tl.arange(0, SLOTS)
@@ -170,8 +187,10 @@ def linear_parts(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [PARTS, num_rows, OUTPUTS] in float32 of x [num_rows, COLUMNS], BLOCK_M at most, and `table`'s weight."""
+    _begin(OVERLAPS)
     part = tl.program_id(2)
     rows = tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
@@ -193,8 +212,10 @@ def sum_rows(
     PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [rows, OUTPUTS] of x [PARTS, rows, OUTPUTS] and a bias [OUTPUTS]."""
+    _begin(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < OUTPUTS
