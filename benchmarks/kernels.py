@@ -35,11 +35,13 @@ from sglang_mixed.formats.mxfp4 import MXFP4Parameters
 from sglang_mixed.formats.nvfp4 import NVFP4Parameters
 from sglang_mixed.formats.packed import PackedParameters
 from sglang_mixed.formats.plain import PlainParameters
-from sglang_mixed.kernels.grouped import experts, launch, linear, passes
+from sglang_mixed.kernels.grouped import experts, launch, linear, parts, passes
 from sglang_mixed.kernels.grouped.codec import Codec, codec_of
 from sglang_mixed.kernels.grouped.table import Weight
 
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 768, 8
+#: What is launched for columns in parts, for few rows a weight, and for many.
+TOKENS = 1, 32, 2048
 TARGET = GPUTarget("cuda", 90, 32)
 GPTQ4 = GPTQParameters(4, 128, True, False, False, 1, "F16")
 #: Name -> a format's name and parameters; of each way in which the kernels read a weight at least one.
@@ -68,6 +70,13 @@ MIXES = {
     "FP8 128x128 + GPTQ int4 g128": ("FP8 128x128", "GPTQ int4 g128"),
     "BF16, FP8, INT8, GPTQ, AWQ": ("BF16", "FP8 128x128", "INT8 channel", "GPTQ int4 g128", "AWQ int4 g128"),
 }
+#: All that is launched.
+KERNELS = {
+    passes: ("sort_pairs", "gate_up", "down", "sum_slots", "linear"),
+    parts: ("gate_up_parts", "activate_parts", "down_parts", "sum_parts", "linear_parts", "sum_rows"),
+}
+#: Those that do not depend on formats.
+COMMON = ("sort_pairs", "sum_slots", "sum_parts", "sum_rows")
 
 
 class Absent:
@@ -96,21 +105,18 @@ class Compiled:
 def compiling() -> Iterator[list[tuple[str, int, Any]]]:
     """Launches inside compile for the target instead; yields (kernel, rows of a program, what was compiled)."""
     found: list[tuple[str, int, Any]] = []
-    names = ("sort_pairs", "gate_up", "down", "sum_slots", "linear")
-    kernels = {name: getattr(passes, name) for name in names}
+    kernels = [(module, name, getattr(module, name)) for module, names in KERNELS.items() for name in names]
     dot_type = launch.dot_type
     driver.set_active(Absent())  # for good: without a GPU there is none to go back to
     try:
-        for name, kernel in kernels.items():
-            setattr(passes, name, Compiled(kernel, found))
-        for module in (experts, linear):
-            module.dot_type = lambda x: launch.TYPES[x.dtype]
+        for module, name, kernel in kernels:
+            setattr(module, name, Compiled(kernel, found))
+        launch.dot_type = lambda x: launch.TYPES[x.dtype]
         yield found
     finally:
-        for name, kernel in kernels.items():
-            setattr(passes, name, kernel)
-        for module in (experts, linear):
-            module.dot_type = dot_type
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+        launch.dot_type = dot_type
 
 
 def codec(name: str, rows: int, columns: int) -> Codec:
@@ -125,7 +131,7 @@ def weight(name: str, rows: int, columns: int) -> Weight:
 
 
 def compile_experts(names: tuple[str, ...], tokens: int) -> list[tuple[str, int, Any]]:
-    """A layer of one expert a format, for as many tokens."""
+    """A layer of some experts a format, for as many tokens."""
     layer = experts.GroupedExperts(
         [
             experts.ExpertWeights(
@@ -133,7 +139,7 @@ def compile_experts(names: tuple[str, ...], tokens: int) -> list[tuple[str, int,
                 weight(name, INTERMEDIATE, HIDDEN),
                 weight(name, HIDDEN, INTERMEDIATE),
             )
-            for name in names
+            for name in names * (2 * TOP_K)
         ],
         HIDDEN,
         INTERMEDIATE,
@@ -176,10 +182,10 @@ def lines(only: list[str]) -> Iterator[dict[str, Any]]:
     for name, formats in (alone | MIXES).items():
         if only and name not in only:
             continue
-        for tokens in (1, 2048):
+        for tokens in TOKENS:
             found = compile_experts(formats, tokens) + (compile_linear(name, tokens) if name in alone else [])
             for kernel, rows, compiled in found:
-                common = kernel in ("sort_pairs", "sum_slots")
+                common = kernel in COMMON
                 if common and f"{kernel} {rows}" in seen:
                     continue
                 seen.add(f"{kernel} {rows}")

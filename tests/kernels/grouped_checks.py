@@ -15,6 +15,7 @@ from grouped_cases import DEVICE, generator
 from sglang_mixed.formats.slicing import Region
 from sglang_mixed.kernels.grouped import experts as grouped
 from sglang_mixed.kernels.grouped.experts import Activation, ExpertWeights, GroupedExperts
+from sglang_mixed.kernels.grouped.launch import Cut
 from sglang_mixed.kernels.grouped.linear import DecodedLinear
 from sglang_mixed.kernels.grouped.table import Weight
 
@@ -29,20 +30,7 @@ def nmse(found: torch.Tensor, expected: Matrix) -> tuple[float, float]:
     return float((error.sum(0) / energy.sum(0)).max()), float(error.sum() / energy.sum())
 
 
-def linear(
-    name: str, shape: tuple[int, int], rows: int, wanted: Region | None = None, dtype: torch.dtype = torch.float16
-) -> tuple[float, float]:
-    rng = generator(name, shape, rows)
-    held, reference = cases.weight(name, rng, shape, wanted)
-    if dtype != torch.float16 and name == "plain":
-        held.tensors["weight"].data = held.tensors["weight"].to(dtype)
-    x = torch.from_numpy(rng.normal(size=(rows, reference.shape[1]))).to(DEVICE, dtype)
-    bias = torch.from_numpy(rng.normal(size=reference.shape[0])).to(DEVICE, dtype)
-    expected = x.double().cpu().numpy() @ reference.T + bias.double().cpu().numpy()
-    return nmse(DecodedLinear(held, *reference.shape).run(x, bias), expected)
-
-
-class Guarded(GroupedExperts):
+class Guards:
     """Every tensor that a kernel writes lies between guards, and begins as garbage."""
 
     guards: list[torch.Tensor]
@@ -53,6 +41,49 @@ class Guarded(GroupedExperts):
         room[VALUES : VALUES + size] = 0xFF  # NaN, or -1
         self.guards += [room[:VALUES], room[VALUES + size :]]
         return room[VALUES : VALUES + size].view(dtype or like.dtype).view(shape)
+
+    def are_whole(self) -> bool:
+        return all(bool((guard == GUARD).all()) for guard in self.guards)
+
+
+class GuardedLinear(Guards, DecodedLinear):
+    parts: int | None = None
+
+    def cut(self) -> Cut:
+        return super().cut() if self.parts is None else super().cut()._replace(parts=self.parts)
+
+
+class GuardedExperts(Guards, GroupedExperts):
+    parts: tuple[int, int] | None = None
+
+    def cuts(self, num_pairs: int) -> tuple[Cut, Cut]:
+        first, second = super().cuts(num_pairs)
+        if self.parts is None:
+            return first, second
+        return first._replace(parts=self.parts[0]), second._replace(parts=self.parts[1])
+
+
+def linear(
+    name: str,
+    shape: tuple[int, int],
+    rows: int,
+    wanted: Region | None = None,
+    dtype: torch.dtype = torch.float16,
+    parts: int | None = None,
+) -> tuple[float, float]:
+    """The errors of a linear layer, of few rows in as many parts."""
+    rng = generator(name, shape, rows)
+    held, reference = cases.weight(name, rng, shape, wanted)
+    if dtype != torch.float16 and name == "plain":
+        held.tensors["weight"].data = held.tensors["weight"].to(dtype)
+    x = torch.from_numpy(rng.normal(size=(rows, reference.shape[1]))).to(DEVICE, dtype)
+    bias = torch.from_numpy(rng.normal(size=reference.shape[0])).to(DEVICE, dtype)
+    expected = x.double().cpu().numpy() @ reference.T + bias.double().cpu().numpy()
+    layer = GuardedLinear(held, *reference.shape)
+    layer.guards, layer.parts = [], parts
+    errors = nmse(layer.run(x, bias), expected)
+    assert layer.are_whole()
+    return errors
 
 
 class Layer:
@@ -73,7 +104,7 @@ class Layer:
             weights.append(Weight(held.codec, held.tensors, bias))
             self.references.append((reference, 0.0 if bias is None else bias.double().cpu().numpy()))
         experts = [ExpertWeights(*weights[first : first + 3]) for first in range(0, len(weights), 3)]
-        self.layer = Guarded(experts, hidden, intermediate, activation, 1.5)
+        self.layer = GuardedExperts(experts, hidden, intermediate, activation, 1.5)
         self.layer.guards = []
         self.hidden, self.number = hidden, len(experts)
 
@@ -102,14 +133,18 @@ class Layer:
 
 
 def inputs(
-    tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype
+    tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, skips: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, weights and ids; every fifth id is -1, one token has no other, the last expert has no token."""
+    """Hidden states, weights and ids; the last expert has no token.
+
+    With `skips` every fifth id is -1, and one token has no other.
+    """
     rng = generator(tokens, hidden, experts)
     x = torch.from_numpy(rng.normal(size=(tokens, hidden))).to(DEVICE, dtype)
     ids = np.array([rng.permutation(max(1, experts - 1))[:top_k] for _ in range(tokens)], np.int32)
-    ids.reshape(-1)[::5] = -1
-    ids[tokens // 2 : tokens // 2 + 1] = -1
+    if skips:
+        ids.reshape(-1)[::5] = -1
+        ids[tokens // 2 : tokens // 2 + 1] = -1
     weights = torch.from_numpy(rng.uniform(0.1, 1, ids.shape)).float()
     return x, weights.to(DEVICE), torch.from_numpy(ids).to(DEVICE)
 
@@ -124,20 +159,31 @@ def experts(
     dtype: torch.dtype = torch.float16,
     at_once: int = 4096,
     reorders: bool = False,
+    skips: bool = True,
+    parts: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """A layer's errors, whether guards held, and (`reorders`) how far off another order of the tokens is."""
+    """A layer's errors, whether guards held, and (`reorders`) how far off another order of the tokens is.
+
+    In so many `parts` also the error (`apart`) where a kernel of its own activates them.
+    """
     grouped.TOKENS_AT_ONCE = at_once
     layer = Layer(names, *sizes, Activation(*activation), biased, dtype)
-    x, weights, ids = inputs(tokens, sizes[0], layer.number, top_k, dtype)
+    layer.layer.parts = parts
+    x, weights, ids = inputs(tokens, sizes[0], layer.number, top_k, dtype, skips)
     found = layer.layer.run(x, weights, ids)
+    grouped.ACTIVATES_APART = not grouped.ACTIVATES_APART
+    apart = layer.layer.run(x, weights, ids) if parts else found
+    grouped.ACTIVATES_APART = not grouped.ACTIVATES_APART
     order = torch.from_numpy(generator("order").permutation(tokens)).to(DEVICE)
     other = layer.layer.run(x[order], weights[order], ids[order]) if reorders else found[order]
-    worst, whole = nmse(found, layer.expected(x, weights, ids)) if tokens else (0.0, 0.0)
+    expected = layer.expected(x, weights, ids) if tokens else np.empty(0)
+    worst, whole = nmse(found, expected) if tokens else (0.0, 0.0)
     return {
         "worst": worst,
         "whole": whole,
-        "guarded": all(bool((guard == GUARD).all()) for guard in layer.layer.guards),
-        "skipped": not found[tokens // 2].any() if tokens else True,
+        "guarded": layer.layer.are_whole(),
+        "skipped": not found[tokens // 2].any() if tokens and skips else True,
+        "apart": nmse(apart, expected)[1] if tokens else 0.0,
         "reordered": float((other.double() - found[order].double()).abs().max()) if tokens else 0.0,
     }
 

@@ -16,7 +16,9 @@ from grouped_cases import FORMATS
 from sglang_mixed.formats import detect
 from sglang_mixed.formats.slicing import Region
 from sglang_mixed.kernels.base import Tensors
+from sglang_mixed.kernels.grouped import launch
 from sglang_mixed.kernels.grouped.arrange import arrange
+from sglang_mixed.kernels.grouped.codec import LARGEST_STEP
 from sglang_mixed.kernels.implied import without_implied
 
 Run = Callable[..., Any]
@@ -50,6 +52,9 @@ def alone(run: Run) -> dict[str, dict[str, Future[tuple[float, float]]]]:
             "part": run("linear", name, (96, 160), 64, share),
             "whole steps": run("linear", name, (32, 256), 64),
             "few in whole steps": run("linear", name, (32, 256), 3),
+            "few in parts": run("linear", name, odd_shape(name), 3, parts=3),
+            "part in parts": run("linear", name, (96, 160), 16, share, parts=4),
+            "whole steps in parts": run("linear", name, (32, 256), 5, parts=2),
         }
         for name in FORMATS
     }
@@ -70,11 +75,14 @@ def assert_close(worst: float, whole: float, bound: float = WHOLE) -> None:
     assert worst <= WORST_COLUMN and whole <= bound, f"normalized squared error {worst:.1e}, of the whole {whole:.1e}"
 
 
-@pytest.mark.parametrize("case", ["many", "few", "part", "whole steps", "few in whole steps"])
+CASES = ["many", "few", "part", "whole steps", "few in whole steps"]
+
+
+@pytest.mark.parametrize("case", [*CASES, "few in parts", "part in parts", "whole steps in parts"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_of_any_format_multiplies_as_its_reference(alone: Any, name: str, case: str) -> None:
     worst, whole = alone[name][case].result()
-    assert_close(0 if case.startswith("few") else worst, whole)
+    assert_close(0 if case.startswith("few") or case.endswith("parts") else worst, whole)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -138,6 +146,28 @@ def layers(run: Run) -> dict[str, Future[dict[str, Any]]]:
     }
 
 
+@pytest.fixture(scope="session")
+def layers_in_parts(run: Run) -> dict[str, Future[dict[str, Any]]]:
+    """Layers of few pairs, whose products are cut along their columns too."""
+    mixed = ["gptq", "fp8 128x128", "awq", "int8 channel", "plain", "packed"]
+    everything = [*FORMATS, *list(FORMATS)[: -len(FORMATS) % 3]]
+    swiglu = {"activation": ("swiglu", 1.702, 7.0), "biased": True}
+    return {
+        "one pair": run("experts", mixed, 1, top_k=1, skips=False, parts=(3, 2)),
+        "one token": run("experts", mixed * 5, 1, top_k=8, skips=False, parts=(5, 3), dtype=torch.float32),
+        "most pairs": run("experts", mixed * 5, 4, top_k=8, parts=(4, 3), reorders=True),
+        "all formats": run("experts", everything, 16, top_k=2, parts=(3, 2), reorders=True),
+        "gate and up whole": run("experts", mixed, 8, top_k=1, parts=(1, 3)),
+        "down whole": run("experts", mixed, 8, top_k=1, parts=(2, 1)),
+        "gelu": run("experts", mixed, 8, top_k=1, activation=("gelu",), biased=True, parts=(2, 2)),
+        "limited": run("experts", mixed, 8, top_k=1, activation=("limited_silu", 1.0, 0.5), parts=(2, 2)),
+        "limited after": run("experts", mixed, 8, top_k=1, activation=("silu_limited", 1.0, 0.5), parts=(2, 2)),
+        "gpt-oss": run("experts", ["mxfp4"] * 3 + mixed, 8, top_k=2, parts=(2, 3), **swiglu),
+        "bfloat16": run("experts", mixed, 8, top_k=1, biased=True, dtype=torch.bfloat16, parts=(2, 2)),
+        "float32": run("experts", mixed, 8, top_k=1, dtype=torch.float32, parts=(2, 3)),
+    }
+
+
 @pytest.mark.parametrize(
     "name",
     ["decode", "gate and up alike", "prefill", "in turns", "gelu", "limited", "limited after", "gpt-oss", "float32"],
@@ -151,17 +181,35 @@ def test_a_layer_in_bf16_is_as_exact_as_the_interpreter_rounds(layers: Any) -> N
     assert_close(layers["bfloat16"].result()["worst"], layers["bfloat16"].result()["whole"], 2 * WHOLE_CUT_OFF)
 
 
-def test_kernels_write_their_tensors_and_nothing_else(layers: Any) -> None:
+@pytest.mark.parametrize("columns", [64, 768, 2048, 2880])
+def test_a_product_is_cut_where_it_has_few_programs_and_its_parts_have_steps(columns: int) -> None:
+    steps = -(-columns // LARGEST_STEP)
+    few, many = (launch.cut(launch.DOWN_PARTS, columns, 2048, products).parts for products in (1, 64))
+    assert few == max(1, -(-steps // launch.LEAST_STEPS)) and many == 1
+
+
+IN_PARTS = ["one pair", "one token", "most pairs", "all formats", "gate and up whole", "down whole", "gelu", "limited"]
+BOUNDS = {"one token": 1e-10, "float32": 1e-10, "bfloat16": 2 * WHOLE_CUT_OFF}
+
+
+@pytest.mark.parametrize("name", [*IN_PARTS, "limited after", "gpt-oss", "bfloat16", "float32"])
+def test_a_layer_in_parts_computes_what_it_must(layers_in_parts: Any, name: str) -> None:
+    found = layers_in_parts[name].result()
+    assert_close(0, found["whole"], BOUNDS.get(name, WHOLE))
+    assert found["apart"] == found["whole"]
+
+
+def test_kernels_write_their_tensors_and_nothing_else(layers: Any, layers_in_parts: Any) -> None:
     # What they write to began as NaN: a part of it that is left out would come out.
-    assert all(one.result()["guarded"] for one in layers.values())
+    assert all(one.result()["guarded"] for one in [*layers.values(), *layers_in_parts.values()])
 
 
-def test_a_token_whose_experts_are_all_elsewhere_comes_out_as_zeros(layers: Any) -> None:
-    assert all(one.result()["skipped"] for one in layers.values())
+def test_a_token_whose_experts_are_all_elsewhere_comes_out_as_zeros(layers: Any, layers_in_parts: Any) -> None:
+    assert all(one.result()["skipped"] for one in [*layers.values(), *layers_in_parts.values()])
 
 
-def test_the_order_of_tokens_does_not_matter(layers: Any) -> None:
-    assert all(one.result()["reordered"] == 0 for one in layers.values())
+def test_the_order_of_tokens_does_not_matter(layers: Any, layers_in_parts: Any) -> None:
+    assert all(one.result()["reordered"] == 0 for one in [*layers.values(), *layers_in_parts.values()])
 
 
 def test_one_doubled_scale_of_an_expert_is_noticed(run: Run) -> None:

@@ -60,11 +60,11 @@ FIELDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
 
 
 @triton.jit
-def read_values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
-    """[rows, step] of the weight in `DOT`, before scales; codes less their middle."""
+def read_values(lines, step, rows, is_output, codec: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr):
+    """[rows, step] of the weight in `DOT`, before scales; codes less their middle. `TYPE`: the activations' dtype."""
     # No early returns: Triton also compiles what follows them.
     if codec.kind == PLAIN:
-        values = _bytes(pointer_of(lines, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
+        values = _bytes(pointer_of(lines, WEIGHT, TYPE), step, rows, is_output, codec)
     elif codec.kind == FP8:
         values = _bytes(pointer_of(lines, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
     elif codec.kind == INT8:
@@ -203,6 +203,19 @@ def read_zero(lines, group, rows, is_output, codec: tl.constexpr):
         pairs = tl.load(zeros + rows // 2 + group * ((codec.row_groups + 1) // 2), is_output, 0).to(tl.int32)
         stored = (pairs >> (rows % 2 * 4)) & 15
     return (stored + (codec.zero_offset - codec.middle)).to(tl.float32)
+
+
+@triton.jit
+def read_bias(lines, outputs, is_output, TYPE: tl.constexpr):
+    """float32 [outputs], each of its own line of a table, or all of one; zeros where that has no bias."""
+    address = tl.load(lines + BIAS)
+    return tl.load(address.to(tl.pointer_type(TYPE)) + outputs, is_output & (address != 0), 0.0).to(tl.float32)
+
+
+@triton.jit
+def each(line, outputs):
+    """One line for all outputs."""
+    return line + tl.zeros(outputs.shape, tl.int32)
 
 
 @triton.jit

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 
-from . import passes
-from .launch import FEW_ROWS, Tiles, dot_type, tiles_for
+from . import launch, parts, passes
+from .activation import Pending
+from .launch import FEW_ROWS, TYPES, Cut, cut, tiles_for
 from .table import Weight, codecs_of, line, table
 
 #: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
@@ -18,6 +19,8 @@ TOKENS_AT_ONCE = 4096
 SORTED_AT_ONCE = 1024
 #: Pairs of tokens and slots up to which each is a block of its own: their experts are hardly ever the same.
 UNSORTED = 32
+#: Whether a kernel of its own activates the sums of gate's and up's parts, or down does wherever it reads them.
+ACTIVATES_APART = False
 
 
 class ExpertWeights(NamedTuple):
@@ -81,23 +84,69 @@ class GroupedExperts:
         return like.new_empty(shape, dtype=dtype)
 
     def _run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
+        first, second = self.cuts(ids.numel())
+        if ids.numel() <= min(UNSORTED, 16 * len(self._experts)) and (first.parts > 1 or second.parts > 1):
+            self._run_in_parts(x, weights, ids, output, first, second)
+        else:
+            self._run_whole(x, weights, ids, output)
+
+    def cuts(self, num_pairs: int) -> tuple[Cut, Cut]:
+        """How gate and up, and down, are cut along their columns for so few pairs."""
+        return (
+            cut(launch.GATE_UP_PARTS, self.hidden, self.intermediate, 2 * num_pairs),
+            cut(launch.DOWN_PARTS, self.intermediate, self.hidden, num_pairs),
+        )
+
+    def _run_in_parts(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor, first: Cut, second: Cut
+    ) -> None:
+        (tokens, top_k), num_pairs, experts = ids.shape, ids.numel(), ids.flatten().to(torch.int32)
+        sizes, overlap = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate}, launch.overlap(x)
+        sums = self.empty(first.parts, num_pairs, 2, self.intermediate, like=x, dtype=torch.float32)
+        parts.gate_up_parts[first.grid(self.intermediate, num_pairs, 2)](
+            x, sums, self._table, experts,
+            TOP_K=top_k, CODECS=self.gate_up_codecs, PARTS=first.parts, **sizes, **overlap,
+            **launch.options(first.tiles, x),
+        )  # fmt: skip
+        limits, columns = (self._activation.alpha, self._activation.limit), launch.SUMMED_AT_ONCE
+        pending: Pending | None = Pending(first.parts, self.has_bias, self._activation.name)
+        if ACTIVATES_APART:
+            hidden = self.empty(num_pairs, self.intermediate, like=x)
+            parts.activate_parts[(num_pairs, triton.cdiv(self.intermediate, columns))](
+                sums, hidden, self._table, experts, *limits,
+                INTERMEDIATE=self.intermediate, PENDING=pending, BLOCK=columns, **overlap,
+            )  # fmt: skip
+            sums, pending = hidden, None
+        products = self.empty(second.parts, num_pairs, self.hidden, like=x, dtype=torch.float32)
+        parts.down_parts[second.grid(self.hidden, num_pairs)](
+            sums, products, self._table, experts, *limits,
+            CODECS=self.down_codecs, PARTS=second.parts, PENDING=pending, TYPE=TYPES[x.dtype],
+            **sizes, **overlap, **launch.options(second.tiles, x),
+        )  # fmt: skip
+        parts.sum_parts[(tokens, triton.cdiv(self.hidden, columns))](
+            products, ids, weights, self._table, output, self._factor,
+            HIDDEN=self.hidden, TOP_K=top_k, PARTS=second.parts, HAS_BIAS=self.has_bias,
+            SLOTS=triton.next_power_of_2(top_k), BLOCK=columns, **overlap,
+        )  # fmt: skip
+
+    def _run_whole(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
         top_k, number = ids.shape[1], len(self._experts)
         tiles = tiles_for([*self.gate_up_codecs, *self.down_codecs], ids.numel() > 16 * number)
         pairs, experts = self._sort(ids, tiles.rows)
-        blocks, common = len(experts), _options(tiles, self.has_bias, x)
+        blocks = len(experts)
         hidden = self.empty(ids.numel(), self.intermediate, like=x)
         # A program of as many rows of both gate and up as another has of one.
-        outputs = tiles.outputs // 2 if self.are_alike else tiles.outputs
-        passes.gate_up[(triton.cdiv(self.intermediate, outputs), blocks)](
+        half = tiles._replace(outputs=tiles.outputs // 2) if self.are_alike else tiles
+        passes.gate_up[(triton.cdiv(self.intermediate, half.outputs), blocks)](
             x, hidden, self._table, pairs, experts, self._activation.alpha, self._activation.limit,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, TOP_K=top_k, CODECS=self.gate_up_codecs,
-            ACTIVATION=self._activation.name, ALIKE=self.are_alike, BLOCK_N=outputs, **common,
+            ACTIVATION=self._activation.name, ALIKE=self.are_alike, HAS_BIAS=self.has_bias, **launch.options(half, x),
         )  # fmt: skip
         sums = self.empty(ids.numel(), self.hidden, like=x, dtype=torch.float32)
         passes.down[(triton.cdiv(self.hidden, tiles.outputs), blocks)](
             hidden, sums, self._table, pairs, experts, weights,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, CODECS=self.down_codecs,
-            BLOCK_N=tiles.outputs, **common,
+            HAS_BIAS=self.has_bias, **launch.options(tiles, x),
         )  # fmt: skip
         columns = min(1024, triton.next_power_of_2(self.hidden))
         passes.sum_slots[(len(x), triton.cdiv(self.hidden, columns))](
@@ -118,13 +167,3 @@ class GroupedExperts:
             NUM_EXPERTS=number, BINS=triton.next_power_of_2(number + 1), BLOCK_M=rows, CHUNK=chunk,
         )  # fmt: skip
         return pairs, experts
-
-
-def _options(tiles: Tiles, has_bias: bool, x: torch.Tensor) -> dict[str, Any]:
-    return {
-        "HAS_BIAS": has_bias,
-        "BLOCK_M": tiles.rows,
-        "DOT": dot_type(x),
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }

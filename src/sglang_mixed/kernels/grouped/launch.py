@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
-from .codec import Codec
+from .codec import LARGEST_STEP, Codec
 
 #: torch's dtype of activations -> Triton's.
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -28,6 +29,35 @@ FEW_ROWS, MANY_ROWS = Tiles(16, 64, 4, 3), Tiles(64, 128, 4, 3)
 #: A thread of fewer warps would run out of registers.
 MANY_ROWS_OF_MANY_REGISTERS = Tiles(64, 128, 8, 3)
 
+#: Products cut along their columns: gate and up, each by itself; down; linear layers of few rows.
+GATE_UP_PARTS, DOWN_PARTS, LINEAR_PARTS = Tiles(16, 64, 4, 4), Tiles(16, 64, 4, 4), Tiles(16, 64, 4, 4)
+#: Programs that fill a GPU: four for each multiprocessor of an H100 or H200.
+ENOUGH_PROGRAMS = 4 * 132
+#: Steps of a part at least: what a program does before and after them takes as long as one.
+LEAST_STEPS = 2
+#: Outputs of a program that adds parts.
+SUMMED_AT_ONCE = 128
+#: Whether kernels of parts are launched while the one ahead of them still runs, which hides what a launch takes.
+OVERLAPS = False
+
+
+class Cut(NamedTuple):
+    """A product's tiles, and into how many parts its columns are cut."""
+
+    tiles: Tiles
+    parts: int
+
+    def grid(self, outputs: int, rows: int, matrices: int = 1) -> tuple[int, int, int]:
+        """Programs, of which each has one of `rows`."""
+        return triton.cdiv(outputs, self.tiles.outputs), rows, self.parts * matrices
+
+
+def cut(tiles: Tiles, columns: int, outputs: int, products: int) -> Cut:
+    """The cut of so many products of one row, or a few that share a weight, and a weight [outputs, columns]."""
+    steps = triton.cdiv(columns, LARGEST_STEP)
+    programs = products * triton.cdiv(outputs, tiles.outputs)
+    return Cut(tiles, triton.cdiv(steps, max(LEAST_STEPS, steps * programs // ENOUGH_PROGRAMS)))
+
 
 def tiles_for(codecs: Sequence[Codec], has_many_rows: bool) -> Tiles:
     """How a product with weights of these codecs is cut."""
@@ -39,3 +69,21 @@ def tiles_for(codecs: Sequence[Codec], has_many_rows: bool) -> Tiles:
 def dot_type(x: torch.Tensor) -> Any:
     """The dtype of products' factors. Triton's interpreter, which alone runs on a CPU, misreads BF16 there."""
     return TYPES[x.dtype] if x.is_cuda else tl.float32
+
+
+def options(tiles: Tiles, x: torch.Tensor) -> dict[str, Any]:
+    """What a product's kernel is told of its tiles, and of the activations."""
+    return {
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.outputs,
+        "DOT": dot_type(x),
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def overlap(x: torch.Tensor) -> dict[str, bool]:
+    """How kernels of parts are launched; GPUs have programmatic dependent launches from Hopper on."""
+    if OVERLAPS and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": False}

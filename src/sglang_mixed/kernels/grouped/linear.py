@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from . import passes
-from .launch import dot_type, tiles_for
+from . import launch, parts, passes
+from .launch import Cut, cut, tiles_for
 from .table import Weight, line, table
 
 
@@ -22,14 +22,41 @@ class DecodedLinear:
     ) -> torch.Tensor:
         """x [..., in] -> [..., out] in x's dtype, rounded once; into `output` [rows, out] where that is given."""
         rows = x.reshape(-1, self._columns).contiguous()
-        found = rows.new_empty(len(rows), self._outputs) if output is None else output
-        tiles = tiles_for([self._weight.codec], len(rows) > 32)
-        grid = triton.cdiv(self._outputs, tiles.outputs), triton.cdiv(len(rows), tiles.rows)
-        if len(rows):
-            passes.linear[grid](
-                rows, found, rows if bias is None else bias, self._table, len(rows),
-                COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), HAS_BIAS=bias is not None,
-                BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, DOT=dot_type(rows),
-                num_warps=tiles.warps, num_stages=tiles.stages,
-            )  # fmt: skip
+        found = self.empty(len(rows), self._outputs, like=rows) if output is None else output
+        own = self.cut()
+        if own.parts > 1 and 0 < len(rows) <= own.tiles.rows:
+            self._run_in_parts(rows, bias, found, own)
+        elif len(rows):
+            self._run_whole(rows, bias, found)
         return found.view(*x.shape[:-1], self._outputs)
+
+    def empty(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Where every tensor that kernels write comes from."""
+        return like.new_empty(shape, dtype=dtype)
+
+    def cut(self) -> Cut:
+        """How the product of few rows is cut along its columns."""
+        return cut(launch.LINEAR_PARTS, self._columns, self._outputs, 1)
+
+    def _run_in_parts(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
+        overlap = launch.overlap(x)
+        sums = self.empty(own.parts, len(x), self._outputs, like=x, dtype=torch.float32)
+        parts.linear_parts[own.grid(self._outputs, 1)](
+            x, sums, self._table, len(x),
+            COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), PARTS=own.parts,
+            **overlap, **launch.options(own.tiles, x),
+        )  # fmt: skip
+        columns = launch.SUMMED_AT_ONCE
+        parts.sum_rows[(len(x), triton.cdiv(self._outputs, columns))](
+            sums, x if bias is None else bias, output,
+            OUTPUTS=self._outputs, PARTS=own.parts, HAS_BIAS=bias is not None, BLOCK=columns,
+            **overlap,
+        )  # fmt: skip
+
+    def _run_whole(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
+        tiles = tiles_for([self._weight.codec], len(x) > 32)
+        passes.linear[(triton.cdiv(self._outputs, tiles.outputs), triton.cdiv(len(x), tiles.rows))](
+            x, output, x if bias is None else bias, self._table, len(x),
+            COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), HAS_BIAS=bias is not None,
+            **launch.options(tiles, x),
+        )  # fmt: skip

@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import FIELDS
-from .product import bias, multiply
+from .activation import activate
+from .decode import FIELDS, each, read_bias
+from .product import multiply
 
 
 @triton.jit(do_not_specialize=("num_pairs", "num_blocks"))
@@ -53,31 +54,6 @@ def sort_pairs(
 
 
 @triton.jit
-def _each(line, outputs):
-    """One line for all outputs."""
-    return line + tl.zeros(outputs.shape, tl.int32)
-
-
-@triton.jit
-def _activated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        found = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    elif ACTIVATION == "swiglu":  # GPT-OSS's
-        gate = tl.minimum(gate, limit)
-        found = gate * tl.sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
-    else:
-        if ACTIVATION == "limited_silu":
-            gate = tl.minimum(gate, limit)
-        gate *= tl.sigmoid(gate)
-        if ACTIVATION == "silu_limited":
-            gate = tl.minimum(gate, limit)
-        if ACTIVATION != "silu":
-            up = tl.minimum(tl.maximum(up, -limit), limit)
-        found = gate * up
-    return found
-
-
-@triton.jit
 def gate_up(
     x,
     output,
@@ -101,6 +77,7 @@ def gate_up(
 
     Of `table` [experts, 3, FIELDS] the first two lines of an expert are its gate and up; `ALIKE`: they have one codec.
     """
+    TYPE: tl.constexpr = x.dtype.element_ty
     block = tl.program_id(1)
     expert = tl.load(experts + block)
     if expert < 0:
@@ -114,16 +91,16 @@ def gate_up(
     if ALIKE:  # rows of gate and up take turns, so that those of one output end up in one thread
         turns = tl.arange(0, 2 * BLOCK_N)
         numbers, lines = tl.program_id(0) * BLOCK_N + turns // 2, line + turns % 2 * FIELDS
-        both = multiply(x, rows, is_pair, line, lines, numbers, HIDDEN, INTERMEDIATE, CODECS, DOT)
+        both = multiply(x, rows, is_pair, line, lines, numbers, HIDDEN, INTERMEDIATE, CODECS, TYPE, DOT)
         gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
     else:
-        gate = multiply(x, rows, is_pair, line, _each(line, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+        gate = multiply(x, rows, is_pair, line, each(line, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, TYPE, DOT)
         second = line + FIELDS
-        up = multiply(x, rows, is_pair, second, _each(second, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+        up = multiply(x, rows, is_pair, second, each(second, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, TYPE, DOT)
     if HAS_BIAS:
-        gate += bias(_each(line, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
-        up += bias(_each(line + FIELDS, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
-    found = _activated(gate, up, alpha, limit, ACTIVATION)
+        gate += read_bias(each(line, outputs), outputs, is_output, TYPE)[None, :]
+        up += read_bias(each(line + FIELDS, outputs), outputs, is_output, TYPE)[None, :]
+    found = activate(gate, up, alpha, limit, ACTIVATION)
     place = output + own.to(tl.int64)[:, None] * INTERMEDIATE + outputs[None, :]
     tl.store(place, found.to(output.dtype.element_ty), is_pair[:, None] & is_output[None, :])
 
@@ -145,6 +122,7 @@ def down(
     DOT: tl.constexpr,
 ):
     """output [pairs, HIDDEN] in float32: each pair's down product, times the router's weight."""
+    TYPE: tl.constexpr = x.dtype.element_ty
     block = tl.program_id(1)
     expert = tl.load(experts + block)
     if expert < 0:
@@ -155,10 +133,10 @@ def down(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < HIDDEN
     line = table + expert * (3 * FIELDS) + 2 * FIELDS
-    lines = _each(line, outputs)
-    found = multiply(x, rows, is_pair, line, lines, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
+    lines = each(line, outputs)
+    found = multiply(x, rows, is_pair, line, lines, outputs, INTERMEDIATE, HIDDEN, CODECS, TYPE, DOT)
     if HAS_BIAS:
-        found += bias(lines, outputs, is_output, x.dtype.element_ty)[None, :]
+        found += read_bias(lines, outputs, is_output, TYPE)[None, :]
     found *= tl.load(weights + rows, is_pair, 0.0).to(tl.float32)[:, None]
     tl.store(output + rows[:, None] * HIDDEN + outputs[None, :], found, is_pair[:, None] & is_output[None, :])
 
@@ -192,12 +170,13 @@ def linear(
     DOT: tl.constexpr,
 ):
     """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS] and the one weight of `table`."""
+    TYPE: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < OUTPUTS
-    lines = _each(table, outputs)
-    found = multiply(x, rows.to(tl.int64), is_row, table, lines, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
+    lines = each(table, outputs)
+    found = multiply(x, rows.to(tl.int64), is_row, table, lines, outputs, COLUMNS, OUTPUTS, CODECS, TYPE, DOT)
     if HAS_BIAS:
         found += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
     place = output + rows.to(tl.int64)[:, None] * OUTPUTS + outputs[None, :]

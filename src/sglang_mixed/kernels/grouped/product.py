@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import activated
 from .decode import (
     ALL,
-    BIAS,
     CODEC,
     E2M1,
     FACTOR,
@@ -40,26 +40,27 @@ def multiply(
     X_COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     CODECS: tl.constexpr,
+    TYPE: tl.constexpr,
     DOT: tl.constexpr,
+    part=0,
+    PARTS: tl.constexpr = 1,
+    PENDING: tl.constexpr = None,
 ):
     """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of weights, each from a table's line.
 
     All `lines` have the codec, order and groups of `line`. A row that is none, by `is_row`, comes out as zeros.
-    `DOT` is the dtype of the products' factors.
+    `TYPE` is the activations' dtype, `DOT` that of the products' factors. Of `PARTS` runs of steps only `part` is
+    summed. With `PENDING` x is a tuple that `activated` takes, and one row.
     """
     sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
     number = tl.load(line + CODEC)
     for index in tl.static_range(len(CODECS)):
         if number == index:
-            sums = _product(x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT)
+            sums = _product(
+                x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, TYPE, DOT,
+                part, PARTS, PENDING,
+            )  # fmt: skip
     return sums
-
-
-@triton.jit
-def bias(lines, outputs, is_output, TYPE: tl.constexpr):
-    """float32 [outputs], each of its own line of a table; zeros where that has no bias."""
-    address = tl.load(lines + BIAS)
-    return tl.load(address.to(tl.pointer_type(TYPE)) + outputs, is_output & (address != 0), 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -74,12 +75,18 @@ def _product(
     OUTPUTS: tl.constexpr,
     CODECS: tl.constexpr,
     NUMBER: tl.constexpr,
+    TYPE: tl.constexpr,
     DOT: tl.constexpr,
+    part,
+    PARTS: tl.constexpr,
+    PENDING: tl.constexpr,
 ):
     codec: tl.constexpr = CODECS[NUMBER]
     is_output = outputs < OUTPUTS
     weight_rows = outputs + codec.first_row
-    sums, input_sums = _sums(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT)
+    sums, input_sums = _sums(
+        x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, TYPE, DOT, part, PARTS, PENDING
+    )
     if codec.group == ALL:
         if codec.zero_bits != 0:
             sums -= input_sums[:, None] * read_zero(lines, 0, weight_rows, is_output, codec)[None, :]
@@ -105,9 +112,13 @@ def _sums(
     is_output,
     X_COLUMNS: tl.constexpr,
     codec: tl.constexpr,
+    TYPE: tl.constexpr,
     DOT: tl.constexpr,
+    part,
+    PARTS: tl.constexpr,
+    PENDING: tl.constexpr,
 ):
-    """Sums over all columns, a step at a time, and those of the inputs; scaled where the weight has groups.
+    """Sums over a part's columns, a step at a time, and those of the inputs; scaled where the weight has groups.
 
     Of values in slices none changes its thread between memory and product, and a step may be of several groups.
     """
@@ -116,20 +127,24 @@ def _sums(
     HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
     FOLDS_ZEROS: tl.constexpr = codec.is_sliced and not HAS_FEW_ROWS
+    STEPS: tl.constexpr = codec.width // codec.step
+    OWN: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    first = tl.minimum(part * OWN, STEPS)  # a codec of few steps leaves its last parts without any
+    last = tl.minimum(first + OWN, STEPS)
     sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
     input_sums = tl.zeros(rows.shape, tl.float32)
     if codec.group != ALL and AHEAD:
-        scale = read_scale(lines, _group(line, 0, codec), weight_rows, is_output, codec)
-    for step in range(codec.width // codec.step):
+        scale = read_scale(lines, _group(line, tl.minimum(first, STEPS - 1), codec), weight_rows, is_output, codec)
+    for step in range(first, last):
         if codec.is_sliced:
             fields = read_fields(lines, step, weight_rows, is_output, codec, DOT)
         for number in tl.static_range(GROUPS):
             stored = step * codec.step + number * COLUMNS + tl.arange(0, COLUMNS)
-            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
+            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec, TYPE, PENDING).to(DOT)
             if codec.is_sliced:
                 values = join_fields(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
             else:
-                values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
+                values = tl.trans(read_values(lines, step, weight_rows, is_output, codec, TYPE, DOT))
             if codec.group == ALL:
                 sums = tl.dot(inputs, values, sums, input_precision="ieee")
                 if codec.zero_bits != 0:
@@ -138,7 +153,7 @@ def _sums(
                 group = _group(line, step, codec) + number
                 if AHEAD:
                     own = scale  # what the next step needs is on its way before this one's product
-                    following = tl.minimum(step + 1, codec.width // codec.step - 1)
+                    following = tl.minimum(step + 1, STEPS - 1)
                     scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
                 if codec.zero_bits != 0 and FOLDS_ZEROS:  # differences of codes are exact in 16 bits
                     values -= read_zero(lines, group, weight_rows, is_output, codec)[None, :].to(DOT)
@@ -161,16 +176,32 @@ def _group(line, step, codec: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x, rows, is_row, line, stored, X_COLUMNS: tl.constexpr, codec: tl.constexpr):
+def _inputs(
+    x,
+    rows,
+    is_row,
+    line,
+    stored,
+    X_COLUMNS: tl.constexpr,
+    codec: tl.constexpr,
+    TYPE: tl.constexpr,
+    PENDING: tl.constexpr,
+):
     """[rows, stored]: zeros where a stored column meets none of x."""
     if codec.is_ordered:
         meets = tl.load(pointer_of(line, ORDER, tl.int32) + stored)
         columns = meets - codec.first_column
         is_column = (meets >= 0) & (columns >= 0) & (columns < X_COLUMNS)
-        return tl.load(x + rows[:, None] * X_COLUMNS + columns[None, :], is_row[:, None] & is_column[None, :], 0.0)
-    columns = stored - codec.first_column
-    place = x + rows[:, None] * X_COLUMNS + columns[None, :]
-    if codec.first_column == 0 and codec.width == X_COLUMNS:
-        return tl.load(place, is_row[:, None], 0.0)
-    is_column = (columns >= 0) & (columns < X_COLUMNS) & (stored < codec.columns)
-    return tl.load(place, is_row[:, None] & is_column[None, :], 0.0)
+    else:
+        columns = stored - codec.first_column
+        is_column = (columns >= 0) & (columns < X_COLUMNS) & (stored < codec.columns)
+    if PENDING is not None:
+        row = activated(x, columns, is_column, X_COLUMNS, TYPE, PENDING)
+        found = tl.where(is_row[:, None] & is_column[None, :], row[None, :], 0.0)
+    else:
+        place = x + rows[:, None] * X_COLUMNS + columns[None, :]
+        if not codec.is_ordered and codec.first_column == 0 and codec.width == X_COLUMNS:
+            found = tl.load(place, is_row[:, None], 0.0)
+        else:
+            found = tl.load(place, is_row[:, None] & is_column[None, :], 0.0)
+    return found
