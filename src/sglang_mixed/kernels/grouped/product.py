@@ -84,8 +84,12 @@ def _product(
     codec: tl.constexpr = CODECS[NUMBER]
     is_output = outputs < OUTPUTS
     weight_rows = outputs + codec.first_row
+    STEPS: tl.constexpr = codec.width // codec.step
+    OWN: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    first = tl.minimum(part * OWN, STEPS)  # a codec of few steps leaves its last parts without any
+    last = tl.minimum(first + OWN, STEPS)
     sums, input_sums = _sums(
-        x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, TYPE, DOT, part, PARTS, PENDING
+        x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, TYPE, DOT, first, last, PENDING
     )
     if codec.group == ALL:
         if codec.zero_bits != 0:
@@ -114,11 +118,11 @@ def _sums(
     codec: tl.constexpr,
     TYPE: tl.constexpr,
     DOT: tl.constexpr,
-    part,
-    PARTS: tl.constexpr,
+    first,
+    last,
     PENDING: tl.constexpr,
 ):
-    """Sums over a part's columns, a step at a time, and those of the inputs; scaled where the weight has groups.
+    """Sums over some steps, one at a time, and those of the inputs; scaled where the weight has groups.
 
     Of values in slices none changes its thread between memory and product, and a step may be of several groups.
     """
@@ -128,9 +132,6 @@ def _sums(
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
     FOLDS_ZEROS: tl.constexpr = codec.is_sliced and not HAS_FEW_ROWS
     STEPS: tl.constexpr = codec.width // codec.step
-    OWN: tl.constexpr = (STEPS + PARTS - 1) // PARTS
-    first = tl.minimum(part * OWN, STEPS)  # a codec of few steps leaves its last parts without any
-    last = tl.minimum(first + OWN, STEPS)
     sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
     input_sums = tl.zeros(rows.shape, tl.float32)
     if codec.group != ALL and AHEAD:
