@@ -25,12 +25,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python scripts/audit.py
 
-# Threads of two processes wait for each other longer than one thread takes. Servers start one after another: SGLang
-# chooses free ports some time before it listens.
-SERVERS := tests/docs tests/engine tests/guides
+# Threads of two processes wait for each other longer than one thread takes.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(SERVERS:%=--ignore %)
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 demo: install
 	$(BIN)/python examples/demo.py
