@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,12 +95,11 @@ def _optional() -> Hooks:
 
 
 def wrap_method(cls: type, name: str, hook: Callable[..., Any]) -> None:
-    """Put the hook around a method, as SGLang's registry does.
+    """Put the hook around a method as SGLang's registry does, but for what takes it a second in every process.
 
-    That would also look for the method in all modules, which hold functions but no methods: for those here a second
-    in every process.
+    It looks through all modules for copies of what it hooks; functions have some, these methods have none.
     """
-    found = cls.__dict__.get(name, getattr(cls, name))
+    found = inspect.getattr_static(cls, name)
     original = getattr(found, "__func__", found)
 
     @functools.wraps(original)
