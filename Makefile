@@ -25,12 +25,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python scripts/audit.py
 
-# Threads of two processes wait for each other longer than one thread takes. Servers start one after another: SGLang
-# chooses free ports some time before it listens.
+# Threads of two processes wait for each other longer than one thread takes. What starts servers runs apart: such a
+# process adopts their orphans.
 SERVERS := tests/docs tests/engine tests/guides
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(SERVERS:%=--ignore %)
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVERS)
+	$(PYTEST) $(SERVERS:%=--ignore %)
+	$(PYTEST) $(SERVERS)
 
 demo: install
 	$(BIN)/python examples/demo.py

@@ -7,14 +7,14 @@ import json
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_mixed.preflight import free_port
-
 from . import run_engine
+from .ports import free_port, port_was_taken
 from .zygote import Job, Zygote, start_fresh
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -55,20 +55,26 @@ class Server:
         fresh: bool = True,
         port: int | None = None,
     ) -> None:
-        # SGLang 0.5.15 listens for gRPC at the port plus 10,000.
-        self.log, port = log, port or next(one for one in iter(free_port, None) if one < 55_000)
+        self.log, port = log, port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         flags = [*command[1:], *map(str, arguments), "--port", str(port), *FLAGS]
-        if fresh:
-            self.job = start_fresh(log, RUN_COMMAND, str(Path(sys.executable).parent / command[0]), *flags)
-        else:
-            self.job = zygote().start(log, RUN_SCRIPT, command[0], *flags, "--skip-server-warmup")
+        if "--dp-size" not in flags:
+            flags += ["--nccl-port", str(free_port())]
+        self._start = (
+            partial(start_fresh, log, RUN_COMMAND, str(Path(sys.executable).parent / command[0]), *flags)
+            if fresh
+            else partial(zygote().start, log, RUN_SCRIPT, command[0], *flags, "--skip-server-warmup")
+        )
+        self.job = self._start()
 
     def wait(self, seconds: float = 300) -> Server:
-        deadline = time.monotonic() + seconds
+        deadline, again = time.monotonic() + seconds, False
         while time.monotonic() < deadline:
             if (status := self.job.poll()) is not None:
-                raise AssertionError(f"the server ended with {status}:\n{self.log.read_text()}")
+                taken = not again and port_was_taken(self.log)
+                assert taken, f"the server ended with {status}:\n{self.log.read_text()}"
+                self.job.kill()
+                self.job, again = self._start(), True
             try:
                 http(f"{self.url}/model_info")
                 return self
@@ -94,24 +100,33 @@ class Engine:
 
     def __init__(self, log: Path, model: Path, *requests: dict[str, Any], **arguments: Any) -> None:
         self.log, asked, self.answered = log, log.with_suffix(".asked.json"), log.with_suffix(".answered.json")
+        if arguments.get("dp_size", 1) == 1:
+            arguments["nccl_port"] = free_port()
         asked.write_text(
             json.dumps({"arguments": {"model_path": str(model), **SMALL, **arguments}, "requests": requests})
         )
         # A context of an accelerator does not survive a fork.
         start = start_fresh if torch.accelerator.is_available() else zygote().start
-        self.job = start(log, run_engine.CODE, str(asked), str(self.answered))
+        self._start = partial(start, log, run_engine.CODE, str(asked), str(self.answered))
+        self.job = self._start()
 
     def result(self, seconds: float = 300) -> dict[str, Any]:
         """{"answers": one list per request, "memory": statistics of a mix}."""
-        try:
-            status: int | str = self.job.wait(seconds)
-        except TimeoutError as error:
-            status = str(error)
-        finally:
-            self.job.kill()
+        status = self._status(seconds)
+        if status != 0 and port_was_taken(self.log):
+            self.job = self._start()
+            status = self._status(seconds)
         assert status == 0, f"the engine ended ({status}):\n{self.log.read_text()}"
         result: dict[str, Any] = json.loads(self.answered.read_text())
         return result
+
+    def _status(self, seconds: float) -> int | str:
+        try:
+            return self.job.wait(seconds)
+        except TimeoutError as error:
+            return str(error)
+        finally:
+            self.job.kill()
 
 
 def stop_all() -> None:

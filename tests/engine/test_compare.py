@@ -22,9 +22,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     servers = [Server(folder / "bf16.log", *base, fresh=False), Server(folder / "int4.log", *base, *mix, fresh=False)]
     yield [server.wait().url for server in servers]
     for server in servers:
-        server.job.terminate()
-    for server in servers:
-        server.stop()
+        server.job.kill()
 
 
 def test_a_mix_is_told_from_what_it_was_made_of(urls: list[str], tmp_path: Path) -> None:
