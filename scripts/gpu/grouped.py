@@ -82,7 +82,7 @@ def layer(name: str, dtype: str) -> Iterator[dict[str, Any]]:
     """A layer of experts, in which guards surround every tensor that kernels write."""
     formats, tokens, options = LAYERS[name]
     found = grouped_checks.experts(formats, tokens, dtype=DTYPES[dtype], **options)
-    close = max(found["whole"], found["apart"]) <= WHOLE_OF_EXPERTS and (tokens < 64 or found["worst"] <= WORST_COLUMN)
+    close = found["whole"] <= WHOLE_OF_EXPERTS and (tokens < 64 or found["worst"] <= WORST_COLUMN)
     good = close and found["guarded"] and found["skipped"] and found["reordered"] == 0
     yield {"check": f"experts, {name}", "dtype": dtype, **found, "ok": good}
 

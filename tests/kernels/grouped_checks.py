@@ -162,18 +162,12 @@ def experts(
     skips: bool = True,
     parts: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """A layer's errors, whether guards held, and (`reorders`) how far off another order of the tokens is.
-
-    In so many `parts` also the error (`apart`) where a kernel of its own activates them.
-    """
+    """A layer's errors, whether guards held, and (`reorders`) how far off another order of the tokens is."""
     grouped.TOKENS_AT_ONCE = at_once
     layer = Layer(names, *sizes, Activation(*activation), biased, dtype)
     layer.layer.parts = parts
     x, weights, ids = inputs(tokens, sizes[0], layer.number, top_k, dtype, skips)
     found = layer.layer.run(x, weights, ids)
-    grouped.ACTIVATES_APART = not grouped.ACTIVATES_APART
-    apart = layer.layer.run(x, weights, ids) if parts else found
-    grouped.ACTIVATES_APART = not grouped.ACTIVATES_APART
     order = torch.from_numpy(generator("order").permutation(tokens)).to(DEVICE)
     other = layer.layer.run(x[order], weights[order], ids[order]) if reorders else found[order]
     expected = layer.expected(x, weights, ids) if tokens else np.empty(0)
@@ -183,7 +177,6 @@ def experts(
         "whole": whole,
         "guarded": layer.layer.are_whole(),
         "skipped": not found[tokens // 2].any() if tokens and skips else True,
-        "apart": nmse(apart, expected)[1] if tokens else 0.0,
         "reordered": float((other.double() - found[order].double()).abs().max()) if tokens else 0.0,
     }
 

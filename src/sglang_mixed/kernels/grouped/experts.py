@@ -10,8 +10,7 @@ import torch
 import triton
 
 from . import launch, parts, passes
-from .activation import Pending
-from .launch import FEW_ROWS, TYPES, Cut, cut, tiles_for
+from .launch import FEW_ROWS, Cut, tiles_for
 from .table import Weight, codecs_of, line, table
 
 #: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
@@ -19,8 +18,6 @@ TOKENS_AT_ONCE = 4096
 SORTED_AT_ONCE = 1024
 #: Pairs of tokens and slots up to which each is a block of its own: their experts are hardly ever the same.
 UNSORTED = 32
-#: Whether a kernel of its own activates the sums of gate's and up's parts, or down does wherever it reads them.
-ACTIVATES_APART = False
 
 
 class ExpertWeights(NamedTuple):
@@ -92,10 +89,7 @@ class GroupedExperts:
 
     def cuts(self, num_pairs: int) -> tuple[Cut, Cut]:
         """How gate and up, and down, are cut along their columns for so few pairs."""
-        return (
-            cut(launch.GATE_UP_PARTS, self.hidden, self.intermediate, 2 * num_pairs),
-            cut(launch.DOWN_PARTS, self.intermediate, self.hidden, num_pairs),
-        )
+        return launch.cut_experts(self.hidden, self.intermediate, num_pairs)
 
     def _run_in_parts(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor, first: Cut, second: Cut
@@ -108,20 +102,16 @@ class GroupedExperts:
             TOP_K=top_k, CODECS=self.gate_up_codecs, PARTS=first.parts, **sizes, **overlap,
             **launch.options(first.tiles, x),
         )  # fmt: skip
-        limits, columns = (self._activation.alpha, self._activation.limit), launch.SUMMED_AT_ONCE
-        pending: Pending | None = Pending(first.parts, self.has_bias, self._activation.name)
-        if ACTIVATES_APART:
-            hidden = self.empty(num_pairs, self.intermediate, like=x)
-            parts.activate_parts[(num_pairs, triton.cdiv(self.intermediate, columns))](
-                sums, hidden, self._table, experts, *limits,
-                INTERMEDIATE=self.intermediate, PENDING=pending, BLOCK=columns, **overlap,
-            )  # fmt: skip
-            sums, pending = hidden, None
+        columns, hidden = launch.SUMMED_AT_ONCE, self.empty(num_pairs, self.intermediate, like=x)
+        parts.activate_parts[(num_pairs, triton.cdiv(self.intermediate, columns))](
+            sums, hidden, self._table, experts, self._activation.alpha, self._activation.limit,
+            INTERMEDIATE=self.intermediate, ACTIVATION=self._activation.name, PARTS=first.parts,
+            HAS_BIAS=self.has_bias, BLOCK=columns, **overlap,
+        )  # fmt: skip
         products = self.empty(second.parts, num_pairs, self.hidden, like=x, dtype=torch.float32)
         parts.down_parts[second.grid(self.hidden, num_pairs)](
-            sums, products, self._table, experts, *limits,
-            CODECS=self.down_codecs, PARTS=second.parts, PENDING=pending, TYPE=TYPES[x.dtype],
-            **sizes, **overlap, **launch.options(second.tiles, x),
+            hidden, products, self._table, experts,
+            CODECS=self.down_codecs, PARTS=second.parts, **sizes, **overlap, **launch.options(second.tiles, x),
         )  # fmt: skip
         parts.sum_parts[(tokens, triton.cdiv(self.hidden, columns))](
             products, ids, weights, self._table, output, self._factor,

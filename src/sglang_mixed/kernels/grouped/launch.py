@@ -29,16 +29,19 @@ FEW_ROWS, MANY_ROWS = Tiles(16, 64, 4, 3), Tiles(64, 128, 4, 3)
 #: A thread of fewer warps would run out of registers.
 MANY_ROWS_OF_MANY_REGISTERS = Tiles(64, 128, 8, 3)
 
-#: Products cut along their columns: gate and up, each by itself; down; linear layers of few rows.
-GATE_UP_PARTS, DOWN_PARTS, LINEAR_PARTS = Tiles(16, 64, 4, 4), Tiles(16, 64, 4, 4), Tiles(16, 64, 4, 4)
+#: Products cut along their columns, the fastest on an H200: gate and up, each by itself; down; linears of few rows.
+GATE_UP_PARTS, DOWN_PARTS, LINEAR_PARTS = Tiles(16, 64, 4, 3), Tiles(16, 32, 2, 3), Tiles(16, 64, 4, 4)
+#: Steps of a part of gate and up, and of down: for one token's few pairs, and for more.
+ONE_TOKENS_PAIRS, ONE_TOKENS_STEPS, MORE_TOKENS_STEPS = 8, (8, 3), (4, 3)
+MOST_PARTS = 8
 #: Programs that fill a GPU: four for each multiprocessor of an H100 or H200.
 ENOUGH_PROGRAMS = 4 * 132
-#: Steps of a part at least: what a program does before and after them takes as long as one.
+#: Steps of a part of a linear layer at least: what a program does before and after them takes as long as one.
 LEAST_STEPS = 2
 #: Outputs of a program that adds parts.
-SUMMED_AT_ONCE = 128
+SUMMED_AT_ONCE = 64
 #: Whether kernels of parts are launched while the one ahead of them still runs, which hides what a launch takes.
-OVERLAPS = False
+OVERLAPS = True
 
 
 class Cut(NamedTuple):
@@ -52,11 +55,21 @@ class Cut(NamedTuple):
         return triton.cdiv(outputs, self.tiles.outputs), rows, self.parts * matrices
 
 
-def cut(tiles: Tiles, columns: int, outputs: int, products: int) -> Cut:
-    """The cut of so many products of one row, or a few that share a weight, and a weight [outputs, columns]."""
+def cut_experts(hidden: int, intermediate: int, num_pairs: int) -> tuple[Cut, Cut]:
+    """The cuts of gate and up, and of down, for so few pairs."""
+    own = ONE_TOKENS_STEPS if num_pairs <= ONE_TOKENS_PAIRS else MORE_TOKENS_STEPS
+    first, second = (
+        min(MOST_PARTS, triton.cdiv(triton.cdiv(columns, LARGEST_STEP), steps))
+        for columns, steps in zip((hidden, intermediate), own, strict=True)
+    )
+    return Cut(GATE_UP_PARTS, first), Cut(DOWN_PARTS, second)
+
+
+def cut_linear(columns: int, outputs: int) -> Cut:
+    """The cut of a product of few rows and a weight [outputs, columns]: into no more programs than fill a GPU."""
     steps = triton.cdiv(columns, LARGEST_STEP)
-    programs = products * triton.cdiv(outputs, tiles.outputs)
-    return Cut(tiles, triton.cdiv(steps, max(LEAST_STEPS, steps * programs // ENOUGH_PROGRAMS)))
+    programs = triton.cdiv(outputs, LINEAR_PARTS.outputs)
+    return Cut(LINEAR_PARTS, triton.cdiv(steps, max(LEAST_STEPS, steps * programs // ENOUGH_PROGRAMS)))
 
 
 def tiles_for(codecs: Sequence[Codec], has_many_rows: bool) -> Tiles:

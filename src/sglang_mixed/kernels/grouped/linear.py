@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import launch, parts, passes
-from .launch import Cut, cut, tiles_for
+from .launch import Cut, cut_linear, tiles_for
 from .table import Weight, line, table
 
 
@@ -36,7 +36,7 @@ class DecodedLinear:
 
     def cut(self) -> Cut:
         """How the product of few rows is cut along its columns."""
-        return cut(launch.LINEAR_PARTS, self._columns, self._outputs, 1)
+        return cut_linear(self._columns, self._outputs)
 
     def _run_in_parts(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
         overlap = launch.overlap(x)

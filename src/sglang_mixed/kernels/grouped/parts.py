@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activation import activated
+from .activation import activate
 from .decode import FIELDS, each, read_bias
 from .product import multiply
 
@@ -70,11 +70,13 @@ def activate_parts(
     alpha,
     limit,
     INTERMEDIATE: tl.constexpr,
-    PENDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """output [pairs, INTERMEDIATE] of what `gate_up_parts` wrote."""
+    """output [pairs, INTERMEDIATE]: parts of gate and up added, with their biases, and activated."""
     _begin(OVERLAPS)
     pair = tl.program_id(0)
     expert = tl.load(experts + pair)
@@ -82,9 +84,18 @@ def activate_parts(
         return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < INTERMEDIATE
-    source = (x, tl.num_programs(0), pair, table + expert * (3 * FIELDS), alpha, limit)
-    found = activated(source, columns, is_column, INTERMEDIATE, output.dtype.element_ty, PENDING)
-    tl.store(output + pair * INTERMEDIATE + columns, found, is_column)
+    gate = tl.zeros((BLOCK,), tl.float32)
+    up = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        place = x + (part * tl.num_programs(0) + pair) * (2 * INTERMEDIATE) + columns
+        gate += tl.load(place, is_column, 0.0)
+        up += tl.load(place + INTERMEDIATE, is_column, 0.0)
+    if HAS_BIAS:
+        line = table + expert * (3 * FIELDS)
+        gate += read_bias(line, columns, is_column, output.dtype.element_ty)
+        up += read_bias(line + FIELDS, columns, is_column, output.dtype.element_ty)
+    found = activate(gate, up, alpha, limit, ACTIVATION)
+    tl.store(output + pair * INTERMEDIATE + columns, found.to(output.dtype.element_ty), is_column)
 
 
 @triton.jit
@@ -93,23 +104,16 @@ def down_parts(
     output,
     table,
     experts,
-    alpha,
-    limit,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     CODECS: tl.constexpr,
     PARTS: tl.constexpr,
-    PENDING: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TYPE: tl.constexpr,
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """output [PARTS, pairs, HIDDEN] in float32: each pair's down product, without its bias and the router's weight.
-
-    x is [pairs, INTERMEDIATE], or with `PENDING` what `gate_up_parts` wrote.
-    """
+    """output [PARTS, pairs, HIDDEN] in float32: each pair's down product, without its bias and the router's weight."""
     _begin(OVERLAPS)
     pair, part = tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + pair)
@@ -118,12 +122,10 @@ def down_parts(
     is_row = tl.arange(0, BLOCK_M) == 0
     rows = tl.where(is_row, pair, 0)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = table + expert * (3 * FIELDS)
-    line = first + 2 * FIELDS
-    source = x if PENDING is None else (x, tl.num_programs(1), pair, first, alpha, limit)
+    line = table + (expert * 3 + 2) * FIELDS
     found = multiply(
-        source, rows, is_row, line, each(line, outputs), outputs, INTERMEDIATE, HIDDEN, CODECS, TYPE, DOT,
-        part, PARTS, PENDING,
+        x, rows, is_row, line, each(line, outputs), outputs, INTERMEDIATE, HIDDEN, CODECS, x.dtype.element_ty, DOT,
+        part, PARTS,
     )  # fmt: skip
     _store_row(output + (part * tl.num_programs(1) + pair) * HIDDEN, found, is_row, outputs, HIDDEN)
 

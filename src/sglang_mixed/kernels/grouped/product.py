@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import activated
 from .decode import (
     ALL,
     CODEC,
@@ -44,13 +43,12 @@ def multiply(
     DOT: tl.constexpr,
     part=0,
     PARTS: tl.constexpr = 1,
-    PENDING: tl.constexpr = None,
 ):
     """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of weights, each from a table's line.
 
     All `lines` have the codec, order and groups of `line`. A row that is none, by `is_row`, comes out as zeros.
     `TYPE` is the activations' dtype, `DOT` that of the products' factors. Of `PARTS` runs of steps only `part` is
-    summed. With `PENDING` x is a tuple that `activated` takes, and one row.
+    summed.
     """
     sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
     number = tl.load(line + CODEC)
@@ -58,7 +56,7 @@ def multiply(
         if number == index:
             sums = _product(
                 x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, TYPE, DOT,
-                part, PARTS, PENDING,
+                part, PARTS,
             )  # fmt: skip
     return sums
 
@@ -79,7 +77,6 @@ def _product(
     DOT: tl.constexpr,
     part,
     PARTS: tl.constexpr,
-    PENDING: tl.constexpr,
 ):
     codec: tl.constexpr = CODECS[NUMBER]
     is_output = outputs < OUTPUTS
@@ -89,7 +86,7 @@ def _product(
     first = tl.minimum(part * OWN, STEPS)  # a codec of few steps leaves its last parts without any
     last = tl.minimum(first + OWN, STEPS)
     sums, input_sums = _sums(
-        x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, TYPE, DOT, first, last, PENDING
+        x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, TYPE, DOT, first, last
     )
     if codec.group == ALL:
         if codec.zero_bits != 0:
@@ -120,7 +117,6 @@ def _sums(
     DOT: tl.constexpr,
     first,
     last,
-    PENDING: tl.constexpr,
 ):
     """Sums over some steps, one at a time, and those of the inputs; scaled where the weight has groups.
 
@@ -141,7 +137,7 @@ def _sums(
             fields = read_fields(lines, step, weight_rows, is_output, codec, DOT)
         for number in tl.static_range(GROUPS):
             stored = step * codec.step + number * COLUMNS + tl.arange(0, COLUMNS)
-            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec, TYPE, PENDING).to(DOT)
+            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
             if codec.is_sliced:
                 values = join_fields(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
             else:
@@ -177,32 +173,16 @@ def _group(line, step, codec: tl.constexpr):
 
 
 @triton.jit
-def _inputs(
-    x,
-    rows,
-    is_row,
-    line,
-    stored,
-    X_COLUMNS: tl.constexpr,
-    codec: tl.constexpr,
-    TYPE: tl.constexpr,
-    PENDING: tl.constexpr,
-):
+def _inputs(x, rows, is_row, line, stored, X_COLUMNS: tl.constexpr, codec: tl.constexpr):
     """[rows, stored]: zeros where a stored column meets none of x."""
     if codec.is_ordered:
         meets = tl.load(pointer_of(line, ORDER, tl.int32) + stored)
         columns = meets - codec.first_column
         is_column = (meets >= 0) & (columns >= 0) & (columns < X_COLUMNS)
-    else:
-        columns = stored - codec.first_column
-        is_column = (columns >= 0) & (columns < X_COLUMNS) & (stored < codec.columns)
-    if PENDING is not None:
-        row = activated(x, columns, is_column, X_COLUMNS, TYPE, PENDING)
-        found = tl.where(is_row[:, None] & is_column[None, :], row[None, :], 0.0)
-    else:
-        place = x + rows[:, None] * X_COLUMNS + columns[None, :]
-        if not codec.is_ordered and codec.first_column == 0 and codec.width == X_COLUMNS:
-            found = tl.load(place, is_row[:, None], 0.0)
-        else:
-            found = tl.load(place, is_row[:, None] & is_column[None, :], 0.0)
-    return found
+        return tl.load(x + rows[:, None] * X_COLUMNS + columns[None, :], is_row[:, None] & is_column[None, :], 0.0)
+    columns = stored - codec.first_column
+    place = x + rows[:, None] * X_COLUMNS + columns[None, :]
+    if codec.first_column == 0 and codec.width == X_COLUMNS:
+        return tl.load(place, is_row[:, None], 0.0)
+    is_column = (columns >= 0) & (columns < X_COLUMNS) & (stored < codec.columns)
+    return tl.load(place, is_row[:, None] & is_column[None, :], 0.0)
