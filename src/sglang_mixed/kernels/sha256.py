@@ -31,7 +31,9 @@ def sha256_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     from . import sha256_rounds as rounds  # the only one here that imports Triton
 
     device = tensors[0].device
-    table = torch.tensor(lines, dtype=torch.int64).to(device, non_blocking=True)
+    # From memory that is not page-locked a copy would wait for all that the stream has to do.
+    table = torch.tensor(lines, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    table = table.to(device, non_blocking=True)
     digests = torch.empty(len(tensors), 8, dtype=torch.int32, device=device)
     grid = (-(-len(tensors) // rounds.LANES),)
     rounds.digest[grid](table, digests, len(tensors), BLOCK=rounds.LANES, num_warps=1)

@@ -6,6 +6,7 @@ host, whose threads are fewer and faster.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -109,10 +110,13 @@ class Hasher:
         self._free.append(slab)
 
 
-def can_gpu_hash() -> bool:
-    """Whether the current GPU's digests are the host's; if not, the host hashes all."""
+@functools.cache
+def can_gpu_hash(device: int) -> bool:
+    """Whether that GPU, which must be the current one, has the host's digests; if not, the host hashes all."""
     try:
         return works()
     except Exception as error:  # no compiler, another Triton: the proof is made in any case
-        logger.warning("the GPU cannot hash weights for the proof, the host does: %s: %s", type(error).__name__, error)
+        logger.warning(
+            "GPU %d cannot hash weights for the proof, the host does: %s: %s", device, type(error).__name__, error
+        )
         return False

@@ -143,8 +143,8 @@ class Proof:
         # The engine may hold another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
         self._casts |= {name: tensor.held_as for name, tensor in new.items() if tensor.is_cast}
         # None begins a large one when the others have ended.
-        largest_first = sorted(new.items(), key=lambda item: -item[1].nbytes)
-        self._memory.update(transfer.hashes((name, tensor.restore()) for name, tensor in largest_first))
+        rest = [(name, tensor.restore()) for name, tensor in new.items() if name not in transfer.completed]
+        self._memory.update(transfer.hashes(sorted(rest, key=lambda item: -item[1].nbytes)))
 
     def _verify(self) -> Iterator[None]:
         """A weight at a time."""

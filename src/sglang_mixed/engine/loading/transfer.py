@@ -10,6 +10,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Protocol
@@ -53,6 +54,9 @@ class Receiver(Protocol):
 class Transfer:
     """Of parameters in the memory that files are read to."""
 
+    #: Names of tensors that are hashed already.
+    completed: AbstractSet[str] = frozenset()
+
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
         """Read, check and deliver; yields what others are to be given. At the end all copies have arrived."""
 
@@ -89,7 +93,7 @@ class PinnedTransfer(Transfer):
         # Memory that is page-locked takes its time: a thread asks for it while the model is built.
         asking = ThreadPoolExecutor(1, "weight-memory", torch.cuda.set_device, (self._device,))
         self._memory = asking.submit(_slabs)
-        self._gpu_hashes = asking.submit(can_gpu_hash)
+        self._gpu_hashes = asking.submit(can_gpu_hash, self._device)
         asking.shutdown(wait=False)
         self._sent: Slab | None = None
         self._copies = Copies()
@@ -97,7 +101,7 @@ class PinnedTransfer(Transfer):
         self._growing: tuple[torch.Tensor, torch.Tensor] | None = None
         #: Batches of e4m3 codes, and whether any of these is no number, which the GPU will know.
         self._looked_at: list[tuple[Batch, torch.Tensor]] = []
-        self._hashed: set[str] = set()
+        self.completed: set[str] = set()
 
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of matrices last. What others are given is on the GPU."""
@@ -126,11 +130,11 @@ class PinnedTransfer(Transfer):
     def complete(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """They are hashed while others are read."""
         self._hasher.add(tensors)
-        self._hashed.update(name for name, _ in tensors)
+        self.completed.update(name for name, _ in tensors)
 
     def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, str]:
         """Once; those that were complete before are among them."""
-        self._hasher.add((name, tensor) for name, tensor in tensors if name not in self._hashed)
+        self._hasher.add(tensors)
         return self._hasher.finish()
 
     def close(self) -> None:
