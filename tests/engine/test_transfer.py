@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint import Read
+from sglang_mixed.checkpoint.shard import View
 from sglang_mixed.engine.loading import transfer
 from sglang_mixed.engine.loading.slabs import ALIGNMENT, Slab
 from sglang_mixed.engine.loading.transfer import HASHED, HASHERS, SLAB, SLABS, PinnedTransfer
@@ -210,6 +211,51 @@ def test_rows_and_columns_of_a_large_tensor_arrive_where_they_belong(device: Sta
     receiver.places["columns"] = torch.zeros(len(tensor), 2048, dtype=torch.int32)[:, 64:964]
     assert list(one.stream([(source, path, reads)], ReadLog(), receiver)) == []
     assert all(torch.equal(receiver.places[name], part) for name, part in expected.items())
+
+
+def test_tensors_that_lie_in_turns_in_a_matrix_arrive(device: StandInDevice, tmp_path: Path) -> None:
+    matrix = torch.randint(-9, 9, (8, 6), dtype=torch.int32)
+    ((source, path, (read,)),) = write(tmp_path, matrix=matrix)
+    expected = {"even": matrix[0::2], "odd": matrix[1::2], "transposed": matrix.T, "low": matrix[:4]}
+    views = {
+        "even": View("even", (8, 6), False, 0, 2),
+        "odd": View("odd", (8, 6), False, 1, 2),
+        "transposed": View("transposed", (8, 6), True, 0, 1),
+        "low": View("low", (8, 6), False, 0, 1),
+    }
+    reads = [
+        Read(name, read.entry._replace(shape=tuple(expected[name].shape), view=view)) for name, view in views.items()
+    ]
+    one = PinnedTransfer()
+    receiver = Places(one, expected, has_none=("odd", "low"))
+    given = dict(one.stream([(source, path, reads)], ReadLog(), receiver))
+    assert given.keys() == {"odd", "low"}
+    assert all(torch.equal(found, expected[name]) for name, found in {**given, **receiver.places}.items())
+
+
+class Regions(Places):
+    """A receiver that gives back whole tensors, of which only a region was read."""
+
+    def __init__(self, one: PinnedTransfer, wholes: dict[str, torch.Tensor]) -> None:
+        super().__init__(one, wholes, has_none=list(wholes))
+        self.wholes = {name: torch.zeros_like(whole) for name, whole in wholes.items()}
+
+    def destination(self, read: Read) -> torch.Tensor | None:
+        return self.wholes[read.name][tuple(slice(*bounds) for bounds in read.ranges or ())]
+
+    def deliver(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        return self.wholes[name]
+
+
+@pytest.mark.parametrize("rows", [40, 3 * SLAB // 4096])
+def test_a_rank_s_columns_are_read_into_the_whole_tensor_that_others_cut(
+    device: StandInDevice, tmp_path: Path, rows: int
+) -> None:
+    whole = torch.randint(-9, 9, (rows, 1024), dtype=torch.int32)
+    ((source, path, (read,)),) = write(tmp_path, whole=whole)
+    one, reads = PinnedTransfer(), [read._replace(ranges=((0, rows), (512, 1024)))]
+    given = dict(one.stream([(source, path, reads)], ReadLog(), Regions(one, {"whole": whole})))
+    assert torch.equal(given["whole"][:, 512:], whole[:, 512:]) and not given["whole"][:, :512].any()
 
 
 def test_scalars_fill_no_slab_beyond_its_end(device: StandInDevice, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ...checkpoint import Piece, Read
 from ...formats.base import TORCH_DTYPES
 from ...stream import FileRead, ReadLog, sha256, stream
 from .batches import Batch, batches
-from .hashing import Hasher, can_gpu_hash
+from .hashing import Hasher
 from .slabs import Copies, Slab, as_bytes
 
 #: Page-locked memory through which all tensors pass, in slabs. To lock a MiB may take a millisecond.
@@ -93,7 +93,6 @@ class PinnedTransfer(Transfer):
         # Memory that is page-locked takes its time: a thread asks for it while the model is built.
         asking = ThreadPoolExecutor(1, "weight-memory", torch.cuda.set_device, (self._device,))
         self._memory = asking.submit(_slabs)
-        self._gpu_hashes = asking.submit(can_gpu_hash, self._device)
         asking.shutdown(wait=False)
         self._sent: Slab | None = None
         self._copies = Copies()
@@ -106,7 +105,7 @@ class PinnedTransfer(Transfer):
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of matrices last. What others are given is on the GPU."""
         self._slabs, for_hashes = self._memory.result()
-        self._hasher = Hasher(for_hashes, self._device, self._gpu_hashes)
+        self._hasher = Hasher(for_hashes, self._device)
         views = _chosen(reads, lambda read: read.entry.view is not None)
         yield from self._stream_pieces(_chosen(reads, lambda read: read.entry.view is None), log, receiver)
         for name, tensor, read in self._stream_views(views, log):

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from . import launch, parts, passes
-from .launch import FEW_ROWS, Cut, tiles_for
+from .launch import FEW_ROWS, Cut, tiles_for_experts
 from .table import Weight, codecs_of, line, table
 
 #: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
@@ -121,22 +121,22 @@ class GroupedExperts:
 
     def _run_whole(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
         top_k, number = ids.shape[1], len(self._experts)
-        tiles = tiles_for([*self.gate_up_codecs, *self.down_codecs], ids.numel() > 16 * number)
-        pairs, experts = self._sort(ids, tiles.rows)
+        first, second = tiles_for_experts(self.gate_up_codecs, self.down_codecs, ids.numel() > 16 * number)
+        pairs, experts = self._sort(ids, first.rows)
         blocks = len(experts)
         hidden = self.empty(ids.numel(), self.intermediate, like=x)
         # A program of as many rows of both gate and up as another has of one.
-        half = tiles._replace(outputs=tiles.outputs // 2) if self.are_alike else tiles
+        half = first._replace(outputs=first.outputs // 2) if self.are_alike else first
         passes.gate_up[(triton.cdiv(self.intermediate, half.outputs), blocks)](
             x, hidden, self._table, pairs, experts, self._activation.alpha, self._activation.limit,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, TOP_K=top_k, CODECS=self.gate_up_codecs,
             ACTIVATION=self._activation.name, ALIKE=self.are_alike, HAS_BIAS=self.has_bias, **launch.options(half, x),
         )  # fmt: skip
         sums = self.empty(ids.numel(), self.hidden, like=x, dtype=torch.float32)
-        passes.down[(triton.cdiv(self.hidden, tiles.outputs), blocks)](
+        passes.down[(triton.cdiv(self.hidden, second.outputs), blocks)](
             hidden, sums, self._table, pairs, experts, weights,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, CODECS=self.down_codecs,
-            HAS_BIAS=self.has_bias, **launch.options(tiles, x),
+            HAS_BIAS=self.has_bias, **launch.options(second, x),
         )  # fmt: skip
         columns = min(1024, triton.next_power_of_2(self.hidden))
         passes.sum_slots[(len(x), triton.cdiv(self.hidden, columns))](

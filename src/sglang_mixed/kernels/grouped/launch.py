@@ -29,6 +29,8 @@ FEW_ROWS, MANY_ROWS = Tiles(16, 64, 4, 3), Tiles(64, 128, 4, 3)
 #: A thread of fewer warps would run out of registers.
 MANY_ROWS_OF_MANY_REGISTERS = Tiles(64, 128, 8, 3)
 
+#: Of few rows of experts on an H200, where registers are not scarce: gate and up together, and down.
+GATE_UP_FEW_ROWS, DOWN_FEW_ROWS = Tiles(16, 128, 4, 3), Tiles(16, 64, 2, 2)
 #: Products cut along their columns, the fastest on an H200: gate and up, each by itself; down; linears of few rows.
 GATE_UP_PARTS, DOWN_PARTS, LINEAR_PARTS = Tiles(16, 64, 4, 3), Tiles(16, 32, 2, 3), Tiles(16, 64, 4, 4)
 #: Steps of a part of gate and up, and of down: for one token's few pairs, and for more.
@@ -70,6 +72,14 @@ def cut_linear(columns: int, outputs: int) -> Cut:
     steps = triton.cdiv(columns, LARGEST_STEP)
     programs = triton.cdiv(outputs, LINEAR_PARTS.outputs)
     return Cut(LINEAR_PARTS, triton.cdiv(steps, max(LEAST_STEPS, steps * programs // ENOUGH_PROGRAMS)))
+
+
+def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], has_many_rows: bool) -> tuple[Tiles, Tiles]:
+    """How the products with gate and up, and with down, are cut."""
+    if has_many_rows or any(codec.takes_registers for codec in (*gate_up, *down)):
+        tiles = tiles_for([*gate_up, *down], has_many_rows)
+        return tiles, tiles
+    return GATE_UP_FEW_ROWS, DOWN_FEW_ROWS
 
 
 def tiles_for(codecs: Sequence[Codec], has_many_rows: bool) -> Tiles:
