@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -60,7 +59,7 @@ def stream(
     planned = list(reads)
     with ExitStack() as files, ThreadPoolExecutor(readers, "weight-reader") as pool:
         limit = min(BATCH_BYTES, max((read.nbytes for _, _, entries in planned for read in entries), default=0))
-        jobs = batches(planned, files, limit)
+        jobs = _batches(planned, files, limit)
         ahead: deque[tuple[int, Future[_Batch]]] = deque()
         while True:
             while len(ahead) < readers or sum(size for size, _ in ahead) < readers * limit:
@@ -79,9 +78,7 @@ def stream(
                 del tensor
 
 
-def batches(
-    reads: Iterable[FileRead], files: ExitStack, limit: int, size_of: Callable[[Read], int] = attrgetter("nbytes")
-) -> Iterator[tuple[int, int, Path, list[Read]]]:
+def _batches(reads: Iterable[FileRead], files: ExitStack, limit: int) -> Iterator[tuple[int, int, Path, list[Read]]]:
     """(size, open file, its path, tensors that are read together), in file order.
 
     No batch has more than the limit, except what is larger alone and views that one reading serves.
@@ -91,12 +88,11 @@ def batches(
         batch: list[Read] = []
         size = 0
         for read in entries:
-            length = size_of(read)
-            if batch and size + length > limit and not read.shares(batch[-1]):
+            if batch and size + read.nbytes > limit and not read.shares(batch[-1]):
                 yield size, descriptor, path, batch
                 batch, size = [], 0
             batch.append(read)
-            size += length
+            size += read.nbytes
         yield size, descriptor, path, batch
 
 
