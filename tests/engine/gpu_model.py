@@ -54,15 +54,41 @@ def replace_gpu() -> None:
     """Have our loader and methods believe in a GPU whose kernels are stand-ins."""
     from sglang_mixed.engine.layers import decoded, quantization
     from sglang_mixed.engine.loading import loader, proof
+    from sglang_mixed.engine.loading.transfer import PinnedTransfer
 
     from .stand_ins import replace_expert_kernels, replace_linear_kernels
 
     for module in (loader, proof, quantization):
         module.runs_on_torch_cpu = lambda: False
+    replace_device()
+    loader.Transfer = PinnedTransfer
     # Layers that mix would run on our own kernel, which needs a GPU or an interpreter.
     os.environ[decoded.GROUPED_EXPERTS] = "needed"
     replace_expert_kernels(setattr)
     replace_linear_kernels(setattr)
+
+
+class Event:
+    """Copies of the host's memory are done when they begin."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def replace_device() -> None:
+    """Memory of the host in place of a GPU's, and of what is page-locked."""
+    from sglang_mixed.engine.loading import transfer
+
+    for name, value in {
+        "Event": Event,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "set_device": lambda number: None,
+        "synchronize": lambda: None,
+    }.items():
+        setattr(torch.cuda, name, value)
+    transfer.pinned = transfer.on_device = lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def start_sglang(arguments: Any, backend: str) -> Any:
