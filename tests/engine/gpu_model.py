@@ -6,11 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+#: `monkeypatch.setattr`, or plain `setattr`.
+Replace = Callable[[Any, str, Any], None]
 CODE = "from tests.engine.gpu_model import main; main()"
 
 
@@ -60,7 +63,7 @@ def replace_gpu() -> None:
 
     for module in (loader, proof, quantization):
         module.runs_on_torch_cpu = lambda: False
-    replace_device()
+    replace_device(setattr)
     loader.Transfer = PinnedTransfer
     # Layers that mix would run on our own kernel, which needs a GPU or an interpreter.
     os.environ[decoded.GROUPED_EXPERTS] = "needed"
@@ -76,9 +79,11 @@ class Event:
     def synchronize(self) -> None: ...
 
 
-def replace_device() -> None:
-    """Memory of the host in place of a GPU's, and of what is page-locked."""
+def replace_device(replace: Replace) -> None:
+    """Memory of the host in place of a GPU's, and of what is page-locked; through it `layers.fill` fills layers."""
     from sglang_mixed.engine.loading import transfer
+
+    from . import layers
 
     for name, value in {
         "Event": Event,
@@ -87,8 +92,10 @@ def replace_device() -> None:
         "set_device": lambda number: None,
         "synchronize": lambda: None,
     }.items():
-        setattr(torch.cuda, name, value)
-    transfer.pinned = transfer.on_device = lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
+        replace(torch.cuda, name, value)
+    for name in ("pinned", "on_device"):
+        replace(transfer, name, lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu"))
+    replace(layers, "transfer", transfer.PinnedTransfer)
 
 
 def start_sglang(arguments: Any, backend: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 
 from sglang_mixed.engine import state
 from sglang_mixed.engine.loading.ledger import Ledger
+from sglang_mixed.engine.loading.transfer import Transfer
 from sglang_mixed.plan import RankPlan
 from sglang_mixed.stream import ReadLog
 
@@ -22,6 +23,8 @@ from ..formats import packers
 T = TypeVar("T")
 #: Hidden states, top-k weights and ids -> weighted sums.
 ExpertsRun = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: How bytes get into parameters; `gpu_model.replace_device` has another.
+transfer: Callable[[], Transfer] = Transfer
 HIDDEN = 128
 PREFIX = "model.layers.0.mlp.experts"
 #: name -> a module's tensors of [out, in] as some quantizer writes them.
@@ -155,7 +158,7 @@ def _plain_tensors(experts: int, intermediate: int) -> models.Tensors:
 def loading(plan: RankPlan) -> Iterator[state.Loading]:
     """A load in progress, as the loader makes one."""
     proof: Any = None
-    state.loading = state.Loading(plan, Ledger(), proof)
+    state.loading = state.Loading(plan, Ledger(), proof, transfer=transfer())
     try:
         yield state.loading
     finally:
@@ -169,6 +172,7 @@ def fill(plan: RankPlan, build: Callable[[], T]) -> T:
         for _ in current.transfer.stream(list(plan.reads()), ReadLog(), current):
             pass
         current.ledger.close()
+        current.transfer.hashes([])
     return built
 
 

@@ -21,12 +21,14 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang_mixed.engine.layers.decoded import GROUPED_EXPERTS
 from sglang_mixed.engine.layers.grouped_moe import MixedMoE
 from sglang_mixed.engine.loading.file_tensors import FileTensors
+from sglang_mixed.engine.loading.transfer import Transfer
 from sglang_mixed.engine.names import expert_modules
 from sglang_mixed.errors import InvalidValueError, LedgerError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog, sha256, stream
 
 from ..models import write_map
+from .gpu_model import replace_device
 from .layers import HIDDEN, PREFIX, WRITERS, fill, loading, write_experts
 from .stand_ins import replace_expert_kernels
 
@@ -38,6 +40,12 @@ Mapped = Callable[..., Plan]
 def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that mix run on SGLang's kernels, a group a format: by default ours runs them at once."""
     monkeypatch.setenv(GROUPED_EXPERTS, "needed")
+
+
+@pytest.fixture(autouse=True)
+def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors arrive as they do on a GPU."""
+    replace_device(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +251,7 @@ def test_a_zero_point_that_the_config_denies_is_refused(mapped: Mapped, tmp_path
 def test_an_expert_that_never_arrives_is_listed(mapped: Mapped) -> None:
     rank = rank_of(mapped(["gptq", "bf16", "int8", "bf16"]))
     with loading(rank) as current:
+        current.transfer = Transfer()  # which takes tensors outside of its stream
         build(rank)
         for name, tensor in stream(list(rank.reads()), ReadLog(), current.destination):
             if name in current.places and not name.startswith(f"{PREFIX}.2.down_proj"):
