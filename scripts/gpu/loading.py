@@ -155,7 +155,7 @@ def take_turns(
     return outcomes, failed
 
 
-def stock_seconds(name: str, described: Path, outcomes: dict[str, list[Outcome]]) -> float | None:
+def stock_seconds(described: Path, outcomes: dict[str, list[Outcome]]) -> float | None:
     """What SGLang's loader takes for the same files: of each source the share that the map takes, by its bytes."""
     taken, nbytes = make_plan(described).rank(), Counter[str]()
     for module in taken.parts:
@@ -174,7 +174,7 @@ def measure(name: str, described: Path, outcomes: dict[str, list[Outcome]], laye
     seconds, last = min(one.seconds for one in ours), ours[-1]
     planned = last.proof["planned_bytes"]
     checks = [report(f"{name}: bytes held / planned", last.proof["weight_bytes"] / planned, "x", "plan", 1.0)]
-    if theirs := stock_seconds(name, described, outcomes):
+    if theirs := stock_seconds(described, outcomes):
         what = f"{name}: load time, {planned / 2**30 / seconds:.2f} GiB/s"
         checks.append(report(what, seconds / theirs, "x", f"stock SGLang, {theirs:.3f} s", 1.0))
     if last.held:

@@ -109,13 +109,13 @@ class ExpertBiases(FileTensors):
             begin, end = loading.plan.parts[experts[0][role].name].wanted.rows
             parameter = torch.nn.Parameter(torch.zeros(len(experts), end - begin, dtype=dtype), requires_grad=False)
             self.register_parameter(name, parameter)
-            whole = Whole()
+            whole = Whole(loading.transfer, len(experts))
             for number, module in enumerate(expert[role] for expert in experts):
                 assert module.bias is not None
                 full = join(module.name, "bias")
-                self.tensors[full] = StockTensor(parameter, (number,), (end - begin,), TORCH_DTYPES[module.bias])
-                whole.expect(full, self.tensors[full])
-                place = TensorPlace(whole, module, "bias", loading.plan.parts[module.name], self.tensors[full])
+                tensor = StockTensor(parameter, (number,), (end - begin,), TORCH_DTYPES[module.bias])
+                self.tensors[full] = tensor
+                place = TensorPlace(whole, module, "bias", loading.plan.parts[module.name], tensor)
                 loading.expect(Line(module.name, None, None, "bias"), full, place)
 
     def of(self, role: int, expert: int) -> torch.Tensor | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import NamedTuple, TypeVar
 
 from ...checkpoint import Piece, Read, opened, pieces, read_packed
 from ...stream import FileRead
 from .slabs import Slab, aligned, lay_out
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -39,14 +40,10 @@ def batches(
     """(open file, its path, what fits into a slab of `limit` bytes), in file order."""
     for _, path, of in reads:
         descriptor = files.enter_context(opened(path))
-        batch, left = list[Piece](), limit
-        for piece in itertools.chain.from_iterable(pieces(read, limit) for read in of):
-            if batch and piece.nbytes > left:
-                yield descriptor, path, _batch(batch, is_only_codes)
-                batch, left = [], limit
-            batch.append(piece)
-            left -= aligned(piece.nbytes)
-        yield descriptor, path, _batch(batch, is_only_codes)
+        for batch in together(
+            itertools.chain.from_iterable(pieces(read, limit) for read in of), limit, attrgetter("nbytes")
+        ):
+            yield descriptor, path, _batch(batch, is_only_codes)
 
 
 def _batch(of: list[Piece], is_only_codes: Callable[[Read], bool]) -> Batch:
@@ -60,14 +57,15 @@ def _batch(of: list[Piece], is_only_codes: Callable[[Read], bool]) -> Batch:
     return Batch(of, places, max((places[n] + of[n].nbytes for n in order if codes[n]), default=0))
 
 
-def together(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def together(items: Iterable[T], limit: int, size_of: Callable[[T], int]) -> Iterator[list[T]]:
     """As many at a time as a slab of `limit` bytes holds, and what is larger alone."""
-    batch, left = list[tuple[str, torch.Tensor]](), limit
-    for name, tensor in tensors:
-        if batch and tensor.nbytes > left:
+    batch, left = list[T](), limit
+    for item in items:
+        size = size_of(item)
+        if batch and size > left:
             yield batch
             batch, left = [], limit
-        batch.append((name, tensor))
-        left -= aligned(tensor.nbytes)
+        batch.append(item)
+        left -= aligned(size)
     if batch:
         yield batch

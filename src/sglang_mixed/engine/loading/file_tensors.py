@@ -24,6 +24,7 @@ from ...plan.values import check_planned
 from .. import state
 from .kernel_builds import Kernel
 from .ledger import Line
+from .transfer import Transfer
 
 Tensors = dict[str, torch.Tensor]
 Index = tuple[int | slice, ...]
@@ -68,24 +69,18 @@ class StockTensor:
 
 
 class Whole:
-    """The file tensors that one parameter is made of."""
+    """The file tensors that one parameter is made of, and how many of its parts have not arrived."""
 
-    def __init__(self) -> None:
+    def __init__(self, transfer: Transfer, missing: int) -> None:
+        self._transfer, self._missing = transfer, missing
         self._tensors: dict[str, StockTensor] = {}
-        self._missing = 0
 
-    def expect(self, name: str, tensor: StockTensor) -> Whole:
-        """One more."""
+    def arrive(self, name: str, tensor: StockTensor, parts: int = 1) -> None:
+        """A tensor did, which fills so many; after the last one nothing writes to the parameter any longer."""
         self._tensors[name] = tensor
-        self._missing += 1
-        return self
-
-    def arrive(self) -> None:
-        """One of them did; after the last one nothing writes to the parameter any longer."""
-        self._missing -= 1
+        self._missing -= parts
         if not self._missing:
-            restored = [(name, tensor.restore()) for name, tensor in self._tensors.items()]
-            state.current_loading().transfer.complete(restored)
+            self._transfer.complete([(name, tensor.restore()) for name, tensor in self._tensors.items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +117,7 @@ class TensorPlace:
                 raise
         place = self.tensor.parameter.data[self.tensor.index]
         state.current_loading().transfer.copy(place, tensor.reshape(place.shape))
-        self.whole.arrive()
+        self.whole.arrive(join(self.module.name, self.local), self.tensor)
 
 
 class FileTensors(torch.nn.Module):
@@ -144,7 +139,7 @@ class FileTensors(torch.nn.Module):
             dtype = file_dtype(matrices[0][0].format, local, plain_dtype)
             parameter = torch.nn.Parameter(torch.zeros(len(matrices), *shape, dtype=dtype), requires_grad=False)
             self.register_parameter(local, parameter)
-            whole = Whole()
+            whole = Whole(state.current_loading().transfer, sum(map(len, matrices)))
             for number, parts in enumerate(matrices):
                 for module, room, offset in zip(parts, rooms, offsets, strict=True):
                     self._expect(whole, module, local, room, parameter, (number, *offset))
@@ -190,7 +185,7 @@ class FileTensors(torch.nn.Module):
         is_implied = local in implied(part.format)
         if is_implied:
             self._implied.add(name)
-        waiting = TensorPlace(whole.expect(name, tensor), module, local, part, tensor, is_implied)
+        waiting = TensorPlace(whole, module, local, part, tensor, is_implied)
         state.current_loading().expect(Line(module.name, None, None, local), name, waiting)
 
 

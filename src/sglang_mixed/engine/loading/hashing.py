@@ -39,7 +39,7 @@ class Hasher:
 
     def add(self, tensors: Iterable[Named]) -> None:
         """Nothing will write to these tensors once the copies have arrived that have begun."""
-        self._waiting.extend(together(tensors, self._limit))
+        self._waiting.extend(together(tensors, self._limit, lambda named: named[1].nbytes))
 
     def begin(self) -> None:
         """As much as there are slabs for."""

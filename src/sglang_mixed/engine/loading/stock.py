@@ -19,7 +19,7 @@ from ...formats import tensor_specs
 from ...formats.base import Axis, TensorSpec
 from ...plan import RankPlan
 from ..names import Shard
-from .file_tensors import Converted, FileTensors, StockTensor, file_dtype
+from .file_tensors import Converted, FileTensors, StockTensor, Whole, file_dtype
 from .kernel_builds import Kernel
 from .ledger import Ledger, Line
 from .transfer import Transfer
@@ -103,7 +103,7 @@ class StockParameters:
 
     def _wrap(self, module: torch.nn.Module, parameter: torch.nn.Parameter, lines: list[Line]) -> None:
         original = getattr(parameter, "weight_loader", default_weight_loader)
-        missing, names = set(lines), list[str]()
+        whole = Whole(self._transfer, len(lines))
 
         def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             shard = kwargs.get("shard_id", args[0] if args and "expert_id" not in kwargs else None)
@@ -119,11 +119,7 @@ class StockParameters:
             with Written(param) as written:
                 result = original(param, loaded_weight, *args, **kwargs)
             self._ledger.arrive(written.nbytes, *filled)
-            missing.difference_update(filled)
-            names.append(name)
-            if not missing:  # nothing writes to it any longer
-                whole = [(name, self.tensors[name].restore()) for name in names]
-                self._transfer.complete(whole)
+            whole.arrive(name, self.tensors[name], len(filled))
             return result
 
         # SGLang's typed parameters have a read-only property of that name.

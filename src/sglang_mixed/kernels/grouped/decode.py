@@ -60,11 +60,11 @@ FIELDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
 
 
 @triton.jit
-def read_values(lines, step, rows, is_output, codec: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr):
-    """[rows, step] of the weight in `DOT`, before scales; codes less their middle. `TYPE`: the activations' dtype."""
+def read_values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+    """[rows, step] of the weight in `DOT`, before scales; codes less their middle."""
     # No early returns: Triton also compiles what follows them.
     if codec.kind == PLAIN:
-        values = _bytes(pointer_of(lines, WEIGHT, TYPE), step, rows, is_output, codec)
+        values = _bytes(pointer_of(lines, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
     elif codec.kind == FP8:
         values = _bytes(pointer_of(lines, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
     elif codec.kind == INT8:

@@ -77,7 +77,6 @@ def gate_up(
 
     Of `table` [experts, 3, FIELDS] the first two lines of an expert are its gate and up; `ALIKE`: they have one codec.
     """
-    TYPE: tl.constexpr = x.dtype.element_ty
     block = tl.program_id(1)
     expert = tl.load(experts + block)
     if expert < 0:
@@ -91,15 +90,15 @@ def gate_up(
     if ALIKE:  # rows of gate and up take turns, so that those of one output end up in one thread
         turns = tl.arange(0, 2 * BLOCK_N)
         numbers, lines = tl.program_id(0) * BLOCK_N + turns // 2, line + turns % 2 * FIELDS
-        both = multiply(x, rows, is_pair, line, lines, numbers, HIDDEN, INTERMEDIATE, CODECS, TYPE, DOT)
+        both = multiply(x, rows, is_pair, line, lines, numbers, HIDDEN, INTERMEDIATE, CODECS, DOT)
         gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
     else:
-        gate = multiply(x, rows, is_pair, line, each(line, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, TYPE, DOT)
+        gate = multiply(x, rows, is_pair, line, each(line, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
         second = line + FIELDS
-        up = multiply(x, rows, is_pair, second, each(second, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, TYPE, DOT)
+        up = multiply(x, rows, is_pair, second, each(second, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
     if HAS_BIAS:
-        gate += read_bias(each(line, outputs), outputs, is_output, TYPE)[None, :]
-        up += read_bias(each(line + FIELDS, outputs), outputs, is_output, TYPE)[None, :]
+        gate += read_bias(each(line, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
+        up += read_bias(each(line + FIELDS, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
     found = activate(gate, up, alpha, limit, ACTIVATION)
     place = output + own.to(tl.int64)[:, None] * INTERMEDIATE + outputs[None, :]
     tl.store(place, found.to(output.dtype.element_ty), is_pair[:, None] & is_output[None, :])
@@ -122,7 +121,6 @@ def down(
     DOT: tl.constexpr,
 ):
     """output [pairs, HIDDEN] in float32: each pair's down product, times the router's weight."""
-    TYPE: tl.constexpr = x.dtype.element_ty
     block = tl.program_id(1)
     expert = tl.load(experts + block)
     if expert < 0:
@@ -134,9 +132,9 @@ def down(
     is_output = outputs < HIDDEN
     line = table + expert * (3 * FIELDS) + 2 * FIELDS
     lines = each(line, outputs)
-    found = multiply(x, rows, is_pair, line, lines, outputs, INTERMEDIATE, HIDDEN, CODECS, TYPE, DOT)
+    found = multiply(x, rows, is_pair, line, lines, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
     if HAS_BIAS:
-        found += read_bias(lines, outputs, is_output, TYPE)[None, :]
+        found += read_bias(lines, outputs, is_output, x.dtype.element_ty)[None, :]
     found *= tl.load(weights + rows, is_pair, 0.0).to(tl.float32)[:, None]
     tl.store(output + rows[:, None] * HIDDEN + outputs[None, :], found, is_pair[:, None] & is_output[None, :])
 
@@ -170,13 +168,12 @@ def linear(
     DOT: tl.constexpr,
 ):
     """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS] and the one weight of `table`."""
-    TYPE: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < OUTPUTS
     lines = each(table, outputs)
-    found = multiply(x, rows.to(tl.int64), is_row, table, lines, outputs, COLUMNS, OUTPUTS, CODECS, TYPE, DOT)
+    found = multiply(x, rows.to(tl.int64), is_row, table, lines, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
     if HAS_BIAS:
         found += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
     place = output + rows.to(tl.int64)[:, None] * OUTPUTS + outputs[None, :]

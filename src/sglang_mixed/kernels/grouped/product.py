@@ -39,7 +39,6 @@ def multiply(
     X_COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     CODECS: tl.constexpr,
-    TYPE: tl.constexpr,
     DOT: tl.constexpr,
     part=0,
     PARTS: tl.constexpr = 1,
@@ -47,17 +46,13 @@ def multiply(
     """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of weights, each from a table's line.
 
     All `lines` have the codec, order and groups of `line`. A row that is none, by `is_row`, comes out as zeros.
-    `TYPE` is the activations' dtype, `DOT` that of the products' factors. Of `PARTS` runs of steps only `part` is
-    summed.
+    `DOT` is the dtype of the products' factors. Of `PARTS` runs of steps only `part` is summed.
     """
     sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
     number = tl.load(line + CODEC)
     for index in tl.static_range(len(CODECS)):
         if number == index:
-            sums = _product(
-                x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, TYPE, DOT,
-                part, PARTS,
-            )  # fmt: skip
+            sums = _product(x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT, part, PARTS)
     return sums
 
 
@@ -73,7 +68,6 @@ def _product(
     OUTPUTS: tl.constexpr,
     CODECS: tl.constexpr,
     NUMBER: tl.constexpr,
-    TYPE: tl.constexpr,
     DOT: tl.constexpr,
     part,
     PARTS: tl.constexpr,
@@ -85,9 +79,7 @@ def _product(
     OWN: tl.constexpr = (STEPS + PARTS - 1) // PARTS
     first = tl.minimum(part * OWN, STEPS)  # a codec of few steps leaves its last parts without any
     last = tl.minimum(first + OWN, STEPS)
-    sums, input_sums = _sums(
-        x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, TYPE, DOT, first, last
-    )
+    sums, input_sums = _sums(x, rows, is_row, line, lines, weight_rows, is_output, X_COLUMNS, codec, DOT, first, last)
     if codec.group == ALL:
         if codec.zero_bits != 0:
             sums -= input_sums[:, None] * read_zero(lines, 0, weight_rows, is_output, codec)[None, :]
@@ -113,7 +105,6 @@ def _sums(
     is_output,
     X_COLUMNS: tl.constexpr,
     codec: tl.constexpr,
-    TYPE: tl.constexpr,
     DOT: tl.constexpr,
     first,
     last,
@@ -141,7 +132,7 @@ def _sums(
             if codec.is_sliced:
                 values = join_fields(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
             else:
-                values = tl.trans(read_values(lines, step, weight_rows, is_output, codec, TYPE, DOT))
+                values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
             if codec.group == ALL:
                 sums = tl.dot(inputs, values, sums, input_precision="ieee")
                 if codec.zero_bits != 0:
