@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from .comparison import held_out_prompts
+from .gpu_model import replace_device
 from .launch import FLAGS, SMALL, TINY, Engine, Server, free_port, http, stop_all, zygote
 from .reference import Comparison, References
 
@@ -25,6 +26,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_sessionfinish() -> None:
     stop_all()
+
+
+@pytest.fixture
+def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors arrive as they do on a GPU."""
+    replace_device(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-#: `monkeypatch.setattr`, or plain `setattr`.
-Replace = Callable[[Any, str, Any], None]
+if TYPE_CHECKING:
+    from .stand_ins import Replace
+
 CODE = "from tests.engine.gpu_model import main; main()"
 
 

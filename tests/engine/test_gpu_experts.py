@@ -28,7 +28,6 @@ from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog, sha256, stream
 
 from ..models import write_map
-from .gpu_model import replace_device
 from .layers import HIDDEN, PREFIX, WRITERS, fill, loading, write_experts
 from .stand_ins import replace_expert_kernels
 
@@ -36,16 +35,13 @@ EXPERTS, INTERMEDIATE, TOKENS = 4, 192, 5
 Mapped = Callable[..., Plan]
 
 
+pytestmark = pytest.mark.usefixtures("slabs")
+
+
 @pytest.fixture(autouse=True)
 def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that mix run on SGLang's kernels, a group a format: by default ours runs them at once."""
     monkeypatch.setenv(GROUPED_EXPERTS, "needed")
-
-
-@pytest.fixture(autouse=True)
-def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors arrive as they do on a GPU."""
-    replace_device(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

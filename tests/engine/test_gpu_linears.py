@@ -18,7 +18,6 @@ from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
 from sglang_mixed.stream import ReadLog, sha256, stream
 
 from ..models import write_map
-from .gpu_model import replace_device
 from .layers import HIDDEN, WRITERS, fill, loading, write_experts
 from .stand_ins import decoded, replace_linear_kernels
 
@@ -28,10 +27,7 @@ ROWS = 256  # of each part
 Mapped = Callable[..., Plan]
 
 
-@pytest.fixture(autouse=True)
-def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors arrive as they do on a GPU."""
-    replace_device(monkeypatch.setattr)
+pytestmark = pytest.mark.usefixtures("slabs")
 
 
 @pytest.fixture(scope="module")
