@@ -49,8 +49,8 @@ class Guards:
 class GuardedLinear(Guards, DecodedLinear):
     parts: int | None = None
 
-    def cut(self) -> Cut:
-        return super().cut() if self.parts is None else super().cut()._replace(parts=self.parts)
+    def cut(self, rows: int) -> Cut:
+        return super().cut(rows) if self.parts is None else super().cut(rows)._replace(parts=self.parts)
 
 
 class GuardedExperts(Guards, GroupedExperts):

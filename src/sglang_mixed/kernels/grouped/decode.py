@@ -59,12 +59,34 @@ FIELDS_FP16 = _fields_asm("f16", 0x6400, 0x6408)
 FIELDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
 
 
+#: PTX for four e4m3 codes -> BF16. Exponent and fraction are BF16's once they are in their places, but for 120 in the
+#: exponent, which one product adds to all, subnormal numbers too. (One instruction gives FP16, for which others have to
+#: go to BF16 one by one, slower than memory.)
+E4M3_BF16 = tl.constexpr(
+    "{\n.reg .b32 pair, code, sign, factor, zero;\n"
+    "mov.b32 factor, 0x7B807B80;\nmov.b32 zero, 0x80008000;\n"
+    + "".join(
+        f"prmt.b32 pair, $2, 0, {bytes_in_halves};\n"
+        "shr.u32 code, pair, 4;\n"
+        "and.b32 sign, pair, 0x80008000;\n"
+        "lop3.b32 code, code, 0x07F007F0, sign, 0xEA;\n"
+        f"fma.rn.bf16x2 ${number}, code, factor, zero;\n"
+        for number, bytes_in_halves in enumerate(("0x1404", "0x3424"))
+    )
+    + "}"
+)
+E4M3_CONSTRAINTS = tl.constexpr("=r,=r,r")
+
+
 @triton.jit
 def read_values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
     """[rows, step] of the weight in `DOT`, before scales; codes less their middle."""
     # No early returns: Triton also compiles what follows them.
     if codec.kind == PLAIN:
         values = _bytes(pointer_of(lines, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
+    elif codec.kind == FP8 and DOT.is_bf16():
+        codes = _bytes(pointer_of(lines, WEIGHT, tl.uint8), step, rows, is_output, codec)
+        values = tl.inline_asm_elementwise(E4M3_BF16, E4M3_CONSTRAINTS, [codes], tl.bfloat16, is_pure=True, pack=4)
     elif codec.kind == FP8:
         values = _bytes(pointer_of(lines, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
     elif codec.kind == INT8:

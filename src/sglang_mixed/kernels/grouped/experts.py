@@ -97,7 +97,7 @@ class GroupedExperts:
         (tokens, top_k), num_pairs, experts = ids.shape, ids.numel(), ids.flatten().to(torch.int32)
         sizes, overlap = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate}, launch.overlap(x)
         sums = self.empty(first.parts, num_pairs, 2, self.intermediate, like=x, dtype=torch.float32)
-        parts.gate_up_parts[first.grid(self.intermediate, num_pairs, 2)](
+        parts.gate_up_parts[first.grid_of_pairs(self.intermediate, num_pairs, 2)](
             x, sums, self._table, experts,
             TOP_K=top_k, CODECS=self.gate_up_codecs, PARTS=first.parts, **sizes, **overlap,
             **launch.options(first.tiles, x),
@@ -109,7 +109,7 @@ class GroupedExperts:
             HAS_BIAS=self.has_bias, BLOCK=columns, **overlap,
         )  # fmt: skip
         products = self.empty(second.parts, num_pairs, self.hidden, like=x, dtype=torch.float32)
-        parts.down_parts[second.grid(self.hidden, num_pairs)](
+        parts.down_parts[second.grid_of_pairs(self.hidden, num_pairs)](
             hidden, products, self._table, experts,
             CODECS=self.down_codecs, PARTS=second.parts, **sizes, **overlap, **launch.options(second.tiles, x),
         )  # fmt: skip
@@ -127,20 +127,22 @@ class GroupedExperts:
         hidden = self.empty(ids.numel(), self.intermediate, like=x)
         # A program of as many rows of both gate and up as another has of one.
         half = first._replace(outputs=first.outputs // 2) if self.are_alike else first
+        overlap = launch.overlap(x)
         passes.gate_up[(triton.cdiv(self.intermediate, half.outputs), blocks)](
             x, hidden, self._table, pairs, experts, self._activation.alpha, self._activation.limit,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, TOP_K=top_k, CODECS=self.gate_up_codecs,
-            ACTIVATION=self._activation.name, ALIKE=self.are_alike, HAS_BIAS=self.has_bias, **launch.options(half, x),
+            ACTIVATION=self._activation.name, ALIKE=self.are_alike, HAS_BIAS=self.has_bias, **overlap,
+            **launch.options(half, x),
         )  # fmt: skip
         sums = self.empty(ids.numel(), self.hidden, like=x, dtype=torch.float32)
         passes.down[(triton.cdiv(self.hidden, second.outputs), blocks)](
             hidden, sums, self._table, pairs, experts, weights,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, CODECS=self.down_codecs,
-            HAS_BIAS=self.has_bias, **launch.options(second, x),
+            HAS_BIAS=self.has_bias, **overlap, **launch.options(second, x),
         )  # fmt: skip
         columns = min(1024, triton.next_power_of_2(self.hidden))
         passes.sum_slots[(len(x), triton.cdiv(self.hidden, columns))](
-            sums, ids, output, self._factor, HIDDEN=self.hidden, TOP_K=top_k, BLOCK=columns
+            sums, ids, output, self._factor, HIDDEN=self.hidden, TOP_K=top_k, BLOCK=columns, **overlap
         )
 
     def _sort(self, ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,5 +157,6 @@ class GroupedExperts:
         passes.sort_pairs[(number,)](
             ids, pairs, experts, num_pairs, blocks,
             NUM_EXPERTS=number, BINS=triton.next_power_of_2(number + 1), BLOCK_M=rows, CHUNK=chunk,
+            **launch.overlap(ids),
         )  # fmt: skip
         return pairs, experts

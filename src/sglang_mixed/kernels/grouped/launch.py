@@ -52,9 +52,13 @@ class Cut(NamedTuple):
     tiles: Tiles
     parts: int
 
-    def grid(self, outputs: int, rows: int, matrices: int = 1) -> tuple[int, int, int]:
-        """Programs, of which each has one of `rows`."""
-        return triton.cdiv(outputs, self.tiles.outputs), rows, self.parts * matrices
+    def grid(self, outputs: int, rows: int) -> tuple[int, int, int]:
+        """Programs of a product."""
+        return triton.cdiv(outputs, self.tiles.outputs), triton.cdiv(rows, self.tiles.rows), self.parts
+
+    def grid_of_pairs(self, outputs: int, pairs: int, matrices: int = 1) -> tuple[int, int, int]:
+        """Programs of products of which each is of one row, and a matrix."""
+        return triton.cdiv(outputs, self.tiles.outputs), pairs, self.parts * matrices
 
 
 def cut_experts(hidden: int, intermediate: int, num_pairs: int) -> tuple[Cut, Cut]:
@@ -67,11 +71,12 @@ def cut_experts(hidden: int, intermediate: int, num_pairs: int) -> tuple[Cut, Cu
     return Cut(GATE_UP_PARTS, first), Cut(DOWN_PARTS, second)
 
 
-def cut_linear(columns: int, outputs: int) -> Cut:
-    """The cut of a product of few rows and a weight [outputs, columns]: into no more programs than fill a GPU."""
+def cut_linear(codec: Codec, rows: int, columns: int, outputs: int) -> Cut:
+    """The cut of a product of rows and a weight [outputs, columns]: into no more programs than fill a GPU."""
+    tiles = LINEAR_PARTS if rows <= LINEAR_PARTS.rows else tiles_for([codec], rows > 32)
     steps = triton.cdiv(columns, LARGEST_STEP)
-    programs = triton.cdiv(outputs, LINEAR_PARTS.outputs)
-    return Cut(LINEAR_PARTS, triton.cdiv(steps, max(LEAST_STEPS, steps * programs // ENOUGH_PROGRAMS)))
+    programs = triton.cdiv(outputs, tiles.outputs) * triton.cdiv(rows, tiles.rows)
+    return Cut(tiles, triton.cdiv(steps, max(LEAST_STEPS, steps * programs // ENOUGH_PROGRAMS)))
 
 
 def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], has_many_rows: bool) -> tuple[Tiles, Tiles]:

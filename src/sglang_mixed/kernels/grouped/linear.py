@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import launch, parts, passes
-from .launch import Cut, cut_linear, tiles_for
+from .launch import Cut, cut_linear
 from .table import Weight, line, table
 
 
@@ -23,25 +23,23 @@ class DecodedLinear:
         """x [..., in] -> [..., out] in x's dtype, rounded once; into `output` [rows, out] where that is given."""
         rows = x.reshape(-1, self._columns).contiguous()
         found = self.empty(len(rows), self._outputs, like=rows) if output is None else output
-        own = self.cut()
-        if own.parts > 1 and 0 < len(rows) <= own.tiles.rows:
-            self._run_in_parts(rows, bias, found, own)
-        elif len(rows):
-            self._run_whole(rows, bias, found)
+        if len(rows):
+            own = self.cut(len(rows))
+            (self._run_in_parts if own.parts > 1 else self._run_whole)(rows, bias, found, own)
         return found.view(*x.shape[:-1], self._outputs)
 
     def empty(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Where every tensor that kernels write comes from."""
         return like.new_empty(shape, dtype=dtype)
 
-    def cut(self) -> Cut:
-        """How the product of few rows is cut along its columns."""
-        return cut_linear(self._columns, self._outputs)
+    def cut(self, rows: int) -> Cut:
+        """How the product of so many rows is cut."""
+        return cut_linear(self._weight.codec, rows, self._columns, self._outputs)
 
     def _run_in_parts(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
         overlap = launch.overlap(x)
         sums = self.empty(own.parts, len(x), self._outputs, like=x, dtype=torch.float32)
-        parts.linear_parts[own.grid(self._outputs, 1)](
+        parts.linear_parts[own.grid(self._outputs, len(x))](
             x, sums, self._table, len(x),
             COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), PARTS=own.parts,
             **overlap, **launch.options(own.tiles, x),
@@ -53,10 +51,9 @@ class DecodedLinear:
             **overlap,
         )  # fmt: skip
 
-    def _run_whole(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
-        tiles = tiles_for([self._weight.codec], len(x) > 32)
-        passes.linear[(triton.cdiv(self._outputs, tiles.outputs), triton.cdiv(len(x), tiles.rows))](
+    def _run_whole(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
+        passes.linear[own.grid(self._outputs, len(x))](
             x, output, x if bias is None else bias, self._table, len(x),
             COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), HAS_BIAS=bias is not None,
-            **launch.options(tiles, x),
+            **launch.overlap(x), **launch.options(own.tiles, x),
         )  # fmt: skip

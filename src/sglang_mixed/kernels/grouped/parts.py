@@ -8,19 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import activate
 from .decode import FIELDS, each, read_bias
+from .overlap import begin
 from .product import multiply
-
-
-@triton.jit
-def _begin(OVERLAPS: tl.constexpr):
-    """Wait for the kernel ahead, if this one was launched before its end, and let the next be launched too."""
-    if OVERLAPS:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -43,7 +35,7 @@ def gate_up_parts(
 
     `table` [experts, 3, FIELDS], `experts` [pairs]: -1 for a pair to leave out.
     """
-    _begin(OVERLAPS)
+    begin(OVERLAPS)
     pair, number = tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + pair)
     if expert < 0:
@@ -76,7 +68,7 @@ def activate_parts(
     OVERLAPS: tl.constexpr,
 ):
     """output [pairs, INTERMEDIATE]: parts of gate and up added, with their biases, and activated."""
-    _begin(OVERLAPS)
+    begin(OVERLAPS)
     pair = tl.program_id(0)
     expert = tl.load(experts + pair)
     if expert < 0:
@@ -113,7 +105,7 @@ def down_parts(
     OVERLAPS: tl.constexpr,
 ):
     """output [PARTS, pairs, HIDDEN] in float32: each pair's down product, without its bias and the router's weight."""
-    _begin(OVERLAPS)
+    begin(OVERLAPS)
     pair, part = tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + pair)
     if expert < 0:
@@ -154,7 +146,7 @@ def sum_parts(
     """output [tokens, HIDDEN] of x [PARTS, pairs, HIDDEN]: a token's pairs whose ids are not -1, each with its bias and
     times the router's weight, added up and times `factor`. SLOTS is a power of two from TOP_K on.
     """
-    _begin(OVERLAPS)
+    begin(OVERLAPS)
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slots = tl.arange(0, SLOTS)
@@ -189,10 +181,10 @@ def linear_parts(
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """output [PARTS, num_rows, OUTPUTS] in float32 of x [num_rows, COLUMNS], BLOCK_M at most, and `table`'s weight."""
-    _begin(OVERLAPS)
+    """output [PARTS, num_rows, OUTPUTS] in float32 of x [num_rows, COLUMNS] and `table`'s weight."""
+    begin(OVERLAPS)
     part = tl.program_id(2)
-    rows = tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     found = multiply(
@@ -214,7 +206,7 @@ def sum_rows(
     OVERLAPS: tl.constexpr,
 ):
     """output [rows, OUTPUTS] of x [PARTS, rows, OUTPUTS] and a bias [OUTPUTS]."""
-    _begin(OVERLAPS)
+    begin(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < OUTPUTS

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .activation import activate
 from .decode import FIELDS, each, read_bias
+from .overlap import begin
 from .product import multiply
 
 
@@ -25,26 +26,28 @@ def sort_pairs(
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Program e writes expert e's pairs, in their order, to its blocks of `pairs` [blocks, BLOCK_M], -1 to the rest of
     them, and e to `experts` [blocks]; the last program writes -1 for blocks that no expert needs. BINS is a power of
     two above NUM_EXPERTS.
     """
+    begin(OVERLAPS)
     expert = tl.program_id(0)
     places = tl.arange(0, CHUNK)
     counts = tl.zeros((BINS,), tl.int32)
-    for begin in range(0, num_pairs, CHUNK):
-        own = tl.load(ids + begin + places, begin + places < num_pairs, -1).to(tl.int32)
+    for passed in range(0, num_pairs, CHUNK):
+        own = tl.load(ids + passed + places, passed + places < num_pairs, -1).to(tl.int32)
         counts += tl.histogram(tl.where(own < 0, NUM_EXPERTS, own), BINS)
     numbers = tl.arange(0, BINS)
     blocks = tl.where(numbers < NUM_EXPERTS, (counts + BLOCK_M - 1) // BLOCK_M, 0)
     first = tl.sum(tl.where(numbers < expert, blocks, 0))
     after = first + tl.sum(tl.where(numbers == expert, blocks, 0))
     rank = first * BLOCK_M
-    for begin in range(0, num_pairs, CHUNK):
-        own = tl.load(ids + begin + places, begin + places < num_pairs, -1).to(tl.int32)
+    for passed in range(0, num_pairs, CHUNK):
+        own = tl.load(ids + passed + places, passed + places < num_pairs, -1).to(tl.int32)
         is_own = own == expert
-        tl.store(pairs + rank + tl.cumsum(is_own.to(tl.int32)) - 1, begin + places, is_own)
+        tl.store(pairs + rank + tl.cumsum(is_own.to(tl.int32)) - 1, passed + places, is_own)
         rank += tl.sum(is_own.to(tl.int32))
     rest = tl.arange(0, BLOCK_M)
     tl.store(pairs + rank + rest, tl.full((BLOCK_M,), -1, tl.int32), rank + rest < after * BLOCK_M)
@@ -72,11 +75,13 @@ def gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [pairs, INTERMEDIATE]: each pair's activated product of gate and up.
 
     Of `table` [experts, 3, FIELDS] the first two lines of an expert are its gate and up; `ALIKE`: they have one codec.
     """
+    begin(OVERLAPS)
     block = tl.program_id(1)
     expert = tl.load(experts + block)
     if expert < 0:
@@ -119,13 +124,15 @@ def down(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [pairs, HIDDEN] in float32: each pair's down product, times the router's weight."""
     block = tl.program_id(1)
-    expert = tl.load(experts + block)
+    expert = tl.load(experts + block)  # sorted before the kernel ahead began
+    own = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    begin(OVERLAPS)
     if expert < 0:
         return
-    own = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
     is_pair = own >= 0
     rows = tl.where(is_pair, own, 0).to(tl.int64)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -140,8 +147,18 @@ def down(
 
 
 @triton.jit
-def sum_slots(x, ids, output, factor, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def sum_slots(
+    x,
+    ids,
+    output,
+    factor,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     """output [tokens, HIDDEN]: the sum of a token's pairs in x [pairs, HIDDEN] whose ids are not -1, times `factor`."""
+    begin(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -166,8 +183,10 @@ def linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS] and the one weight of `table`."""
+    begin(OVERLAPS)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
