@@ -40,8 +40,8 @@ from sglang_mixed.kernels.grouped.codec import Codec, codec_of
 from sglang_mixed.kernels.grouped.table import Weight
 
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 768, 8
-#: What is launched for columns in parts, for few rows a weight, and for many.
-TOKENS = 1, 32, 2048
+#: What is launched for columns in parts, and for weights of 8, 16 and more rows; linears of 32 rows have tiles too.
+TOKENS = 1, 16, 32, 2048
 TARGET = GPUTarget("cuda", 90, 32)
 GPTQ4 = GPTQParameters(4, 128, True, False, False, 1, "F16")
 #: Name -> a format's name and parameters; of each way in which the kernels read a weight at least one.

@@ -56,8 +56,8 @@ class GuardedLinear(Guards, DecodedLinear):
 class GuardedExperts(Guards, GroupedExperts):
     parts: tuple[int, int] | None = None
 
-    def cuts(self, num_pairs: int) -> tuple[Cut, Cut]:
-        first, second = super().cuts(num_pairs)
+    def cuts(self) -> tuple[Cut, Cut]:
+        first, second = super().cuts()
         if self.parts is None:
             return first, second
         return first._replace(parts=self.parts[0]), second._replace(parts=self.parts[1])

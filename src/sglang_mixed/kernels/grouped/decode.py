@@ -106,7 +106,7 @@ def read_values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.co
 def _bytes(weight, step, rows, is_output, codec: tl.constexpr):
     """[rows, step] of a matrix that lies row by row."""
     columns = step * codec.step + tl.arange(0, codec.step)
-    place = weight[:, None] + rows.to(tl.int64)[:, None] * codec.stored_columns + columns[None, :]
+    place = in_rows(weight) + rows.to(tl.int64)[:, None] * codec.stored_columns + columns[None, :]
     if codec.stored_columns == codec.width:
         return tl.load(place, is_output[:, None])
     return tl.load(place, is_output[:, None] & (columns < codec.stored_columns)[None, :])
@@ -129,7 +129,7 @@ def _plane(lines, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constex
     STEP: tl.constexpr = codec.step
     WORDS: tl.constexpr = codec.step * BITS // 32
     weight = pointer_of(lines, WEIGHT, tl.int32) + FIRST + step * (codec.rows * WORDS)
-    words = tl.load(weight[:, None] + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
+    words = tl.load(in_rows(weight) + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
     parts = (words[:, :, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, None, :]) & ((1 << BITS) - 1)
     return tl.reshape(parts, (rows.shape[0], STEP)) << BELOW
 
@@ -138,7 +138,7 @@ def _plane(lines, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constex
 def read_fields(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
     """The 8 fields [16, rows] of a step's int32 words, each a slice of the weight in `DOT`, before scales."""
     weight = pointer_of(lines, WEIGHT, tl.int32) + step * (codec.rows * SLICE)
-    words = tl.load(weight[:, None] + rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :], is_output[:, None])
+    words = tl.load(in_rows(weight) + rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :], is_output[:, None])
     words = tl.trans(words)
     # Types are spelled out: Triton takes no others.
     if codec.kind == CODES and DOT.is_bf16():
@@ -235,12 +235,16 @@ def read_bias(lines, outputs, is_output, TYPE: tl.constexpr):
 
 
 @triton.jit
-def each(line, outputs):
-    """One line for all outputs."""
-    return line + tl.zeros(outputs.shape, tl.int32)
+def in_rows(one):
+    """[rows, 1] of something for each row; a scalar, which stands for all of them, stays one."""
+    if one.type.is_block():
+        found = one[:, None]
+    else:
+        found = one
+    return found
 
 
 @triton.jit
 def pointer_of(lines, FIELD: tl.constexpr, TYPE: tl.constexpr):
-    """Addresses of a field of each line."""
+    """Addresses of a field of each line, or of one."""
     return tl.multiple_of(tl.load(lines + FIELD).to(tl.pointer_type(TYPE)), 16)

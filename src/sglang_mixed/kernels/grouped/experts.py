@@ -10,14 +10,14 @@ import torch
 import triton
 
 from . import launch, parts, passes
-from .launch import FEW_ROWS, Cut, tiles_for_experts
+from .launch import Cut, tiles_for_experts
 from .table import Weight, codecs_of, line, table
 
 #: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
 TOKENS_AT_ONCE = 4096
 SORTED_AT_ONCE = 1024
-#: Pairs of tokens and slots up to which each is a block of its own: their experts are hardly ever the same.
-UNSORTED = 32
+#: Pairs of tokens and slots up to which each has programs of its own: their experts are hardly ever the same.
+FEW_PAIRS = 32
 
 
 class ExpertWeights(NamedTuple):
@@ -58,9 +58,6 @@ class GroupedExperts:
         sides = (self.gate_up_codecs, self.gate_up_codecs, self.down_codecs)
         lines = [line(weight, side) for expert in experts for weight, side in zip(expert, sides, strict=True)]
         self._table = table(lines, experts[0].gate.tensors["weight"].device)
-        alone = torch.full((UNSORTED, FEW_ROWS.rows), -1, dtype=torch.int32)
-        alone[:, 0] = torch.arange(UNSORTED)
-        self._alone = alone.to(self._table.device)
         # Sorted columns meet x in an order of their own.
         self.are_alike = all(one.gate.codec == one.up.codec and not one.gate.codec.is_ordered for one in experts)
         self.has_bias = any(weight.bias is not None for expert in experts for weight in expert)
@@ -81,19 +78,15 @@ class GroupedExperts:
         return like.new_empty(shape, dtype=dtype)
 
     def _run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
-        first, second = self.cuts(ids.numel())
-        if ids.numel() <= min(UNSORTED, 16 * len(self._experts)) and (first.parts > 1 or second.parts > 1):
-            self._run_in_parts(x, weights, ids, output, first, second)
-        else:
-            self._run_whole(x, weights, ids, output)
+        is_few = ids.numel() <= min(FEW_PAIRS, 16 * len(self._experts))
+        (self._run_in_parts if is_few else self._run_whole)(x, weights, ids, output)
 
-    def cuts(self, num_pairs: int) -> tuple[Cut, Cut]:
-        """How gate and up, and down, are cut along their columns for so few pairs."""
-        return launch.cut_experts(self.hidden, self.intermediate, num_pairs)
+    def cuts(self) -> tuple[Cut, Cut]:
+        """How gate and up, and down, are cut along their columns for few pairs."""
+        return launch.cut_experts(self.hidden, self.intermediate)
 
-    def _run_in_parts(
-        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor, first: Cut, second: Cut
-    ) -> None:
+    def _run_in_parts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
+        first, second = self.cuts()
         (tokens, top_k), num_pairs, experts = ids.shape, ids.numel(), ids.flatten().to(torch.int32)
         sizes, overlap = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate}, launch.overlap(x)
         sums = self.empty(first.parts, num_pairs, 2, self.intermediate, like=x, dtype=torch.float32)
@@ -121,7 +114,7 @@ class GroupedExperts:
 
     def _run_whole(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
         top_k, number = ids.shape[1], len(self._experts)
-        first, second = tiles_for_experts(self.gate_up_codecs, self.down_codecs, ids.numel() > 16 * number)
+        first, second = tiles_for_experts(self.gate_up_codecs, self.down_codecs, ids.numel() / number)
         pairs, experts = self._sort(ids, first.rows)
         blocks = len(experts)
         hidden = self.empty(ids.numel(), self.intermediate, like=x)
@@ -148,8 +141,6 @@ class GroupedExperts:
     def _sort(self, ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pairs int32 [blocks, rows], those of a block of one expert, -1 in places without one; the blocks' experts."""
         num_pairs, number = ids.numel(), len(self._experts)
-        if num_pairs <= UNSORTED and rows == self._alone.shape[1]:
-            return self._alone[:num_pairs], ids.flatten().to(torch.int32)
         blocks = min(num_pairs, num_pairs // rows + min(number, num_pairs))
         pairs = self.empty(blocks, rows, like=ids, dtype=torch.int32)
         experts = self.empty(blocks, like=ids, dtype=torch.int32)

@@ -24,25 +24,31 @@ class Tiles(NamedTuple):
     stages: int
 
 
-#: The fastest on an H100 for FP8, Int4 and a mix of both: for few rows a weight and for many.
-FEW_ROWS, MANY_ROWS = Tiles(16, 64, 4, 3), Tiles(64, 128, 4, 3)
-#: A thread of fewer warps would run out of registers.
-MANY_ROWS_OF_MANY_REGISTERS = Tiles(64, 128, 8, 3)
-
-#: Of few rows of experts on an H200, where registers are not scarce: gate and up together, and down.
-GATE_UP_FEW_ROWS, DOWN_FEW_ROWS = Tiles(16, 128, 4, 3), Tiles(16, 64, 2, 2)
-#: Products cut along their columns, the fastest on an H200: gate and up, each by itself; down; linears of few rows.
-GATE_UP_PARTS, DOWN_PARTS, LINEAR_PARTS = Tiles(16, 64, 4, 3), Tiles(16, 32, 2, 3), Tiles(16, 64, 4, 4)
-#: Steps of a part of gate and up, and of down: for one token's few pairs, and for more.
-ONE_TOKENS_PAIRS, ONE_TOKENS_STEPS, MORE_TOKENS_STEPS = 8, (8, 3), (4, 3)
+#: Of products with experts' gate and up (of both together twice their outputs), and with down: by the rows of a program,
+#: the fastest on an H200 for FP8, Int4 and a mix of both.
+GATE_UP = {8: Tiles(8, 128, 4, 3), 16: Tiles(16, 128, 4, 3), 64: Tiles(64, 128, 4, 3)}
+DOWN = {8: Tiles(8, 64, 2, 3), 16: Tiles(16, 128, 4, 3), 64: Tiles(64, 128, 4, 3)}
+#: Of both, where a thread would run out of registers.
+OF_MANY_REGISTERS = {8: Tiles(8, 64, 4, 3), 16: Tiles(16, 64, 4, 3), 64: Tiles(64, 128, 8, 3)}
+#: Pairs of an expert on average, up to which a program has so many rows.
+PAIRS_OF_PROGRAM = {8: 8, 16: 16}
+#: Of linears, by their rows, and into how many programs for each multiprocessor of an H200 a product is cut at most.
+LINEAR = {
+    8: (Tiles(8, 64, 2, 3), 8),
+    16: (Tiles(16, 64, 2, 3), 8),
+    32: (Tiles(32, 64, 4, 4), 4),
+    64: (Tiles(32, 64, 4, 4), 2),
+}
+LINEAR_OF_MORE_ROWS = Tiles(64, 128, 8, 3), 2
+MULTIPROCESSORS = 132
+#: Products of experts that are cut along their columns: gate and up, each by itself; down; the steps of a part of each.
+GATE_UP_PARTS, DOWN_PARTS, EXPERTS_STEPS = Tiles(8, 64, 2, 3), Tiles(8, 32, 2, 3), (4, 3)
 MOST_PARTS = 8
-#: Programs that fill a GPU: four for each multiprocessor of an H100 or H200.
-ENOUGH_PROGRAMS = 4 * 132
 #: Steps of a part of a linear layer at least: what a program does before and after them takes as long as one.
 LEAST_STEPS = 2
 #: Outputs of a program that adds parts.
 SUMMED_AT_ONCE = 64
-#: Whether kernels of parts are launched while the one ahead of them still runs, which hides what a launch takes.
+#: Whether kernels are launched while the one ahead of them still runs, which hides what a launch takes.
 OVERLAPS = True
 
 
@@ -61,37 +67,30 @@ class Cut(NamedTuple):
         return triton.cdiv(outputs, self.tiles.outputs), pairs, self.parts * matrices
 
 
-def cut_experts(hidden: int, intermediate: int, num_pairs: int) -> tuple[Cut, Cut]:
-    """The cuts of gate and up, and of down, for so few pairs."""
-    own = ONE_TOKENS_STEPS if num_pairs <= ONE_TOKENS_PAIRS else MORE_TOKENS_STEPS
+def cut_experts(hidden: int, intermediate: int) -> tuple[Cut, Cut]:
+    """The cuts of gate and up, and of down, for few pairs."""
     first, second = (
         min(MOST_PARTS, triton.cdiv(triton.cdiv(columns, LARGEST_STEP), steps))
-        for columns, steps in zip((hidden, intermediate), own, strict=True)
+        for columns, steps in zip((hidden, intermediate), EXPERTS_STEPS, strict=True)
     )
     return Cut(GATE_UP_PARTS, first), Cut(DOWN_PARTS, second)
 
 
-def cut_linear(codec: Codec, rows: int, columns: int, outputs: int) -> Cut:
-    """The cut of a product of rows and a weight [outputs, columns]: into no more programs than fill a GPU."""
-    tiles = LINEAR_PARTS if rows <= LINEAR_PARTS.rows else tiles_for([codec], rows > 32)
-    steps = triton.cdiv(columns, LARGEST_STEP)
+def cut_linear(rows: int, columns: int, outputs: int) -> Cut:
+    """The cut of a product of rows and a weight [outputs, columns]: into no more programs than keep a GPU busy."""
+    tiles, busy = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
     programs = triton.cdiv(outputs, tiles.outputs) * triton.cdiv(rows, tiles.rows)
-    return Cut(tiles, triton.cdiv(steps, max(LEAST_STEPS, steps * programs // ENOUGH_PROGRAMS)))
+    steps = triton.cdiv(columns, LARGEST_STEP)
+    wanted = max(1, min(steps // LEAST_STEPS, busy * MULTIPROCESSORS // programs))
+    return Cut(tiles, triton.cdiv(steps, triton.cdiv(steps, wanted)))
 
 
-def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], has_many_rows: bool) -> tuple[Tiles, Tiles]:
-    """How the products with gate and up, and with down, are cut."""
-    if has_many_rows or any(codec.takes_registers for codec in (*gate_up, *down)):
-        tiles = tiles_for([*gate_up, *down], has_many_rows)
-        return tiles, tiles
-    return GATE_UP_FEW_ROWS, DOWN_FEW_ROWS
-
-
-def tiles_for(codecs: Sequence[Codec], has_many_rows: bool) -> Tiles:
-    """How a product with weights of these codecs is cut."""
-    if not has_many_rows:
-        return FEW_ROWS
-    return MANY_ROWS_OF_MANY_REGISTERS if any(codec.takes_registers for codec in codecs) else MANY_ROWS
+def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], pairs: float) -> tuple[Tiles, Tiles]:
+    """How the products with gate and up, and with down, are cut, for so many pairs of an expert on average."""
+    rows = next((rows for rows, most in PAIRS_OF_PROGRAM.items() if pairs <= most), 64)
+    if any(codec.takes_registers for codec in (*gate_up, *down)):
+        return OF_MANY_REGISTERS[rows], OF_MANY_REGISTERS[rows]
+    return GATE_UP[rows], DOWN[rows]
 
 
 def dot_type(x: torch.Tensor) -> Any:

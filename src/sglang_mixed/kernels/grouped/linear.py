@@ -34,7 +34,7 @@ class DecodedLinear:
 
     def cut(self, rows: int) -> Cut:
         """How the product of so many rows is cut."""
-        return cut_linear(self._weight.codec, rows, self._columns, self._outputs)
+        return cut_linear(rows, self._columns, self._outputs)
 
     def _run_in_parts(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
         overlap = launch.overlap(x)

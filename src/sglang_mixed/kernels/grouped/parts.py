@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .decode import FIELDS, each, read_bias
+from .decode import FIELDS, read_bias
 from .overlap import begin
 from .product import multiply
 
@@ -46,7 +46,7 @@ def gate_up_parts(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     line = table + (expert * 3 + matrix) * FIELDS
     found = multiply(
-        x, rows, is_row, line, each(line, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT, part, PARTS,
+        x, rows, is_row, line, line, outputs, HIDDEN, INTERMEDIATE, CODECS, DOT, part, PARTS,
     )  # fmt: skip
     place = (part * tl.num_programs(1) + pair) * 2 + matrix
     _store_row(output + place * INTERMEDIATE, found, is_row, outputs, INTERMEDIATE)
@@ -115,7 +115,7 @@ def down_parts(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     line = table + (expert * 3 + 2) * FIELDS
     found = multiply(
-        x, rows, is_row, line, each(line, outputs), outputs, INTERMEDIATE, HIDDEN, CODECS, DOT, part, PARTS,
+        x, rows, is_row, line, line, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT, part, PARTS,
     )  # fmt: skip
     _store_row(output + (part * tl.num_programs(1) + pair) * HIDDEN, found, is_row, outputs, HIDDEN)
 
@@ -188,7 +188,7 @@ def linear_parts(
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     found = multiply(
-        x, rows, is_row, table, each(table, outputs), outputs, COLUMNS, OUTPUTS, CODECS, DOT, part, PARTS,
+        x, rows, is_row, table, table, outputs, COLUMNS, OUTPUTS, CODECS, DOT, part, PARTS,
     )  # fmt: skip
     place = output + (part * num_rows + rows)[:, None] * OUTPUTS + outputs[None, :]
     tl.store(place, found, is_row[:, None] & (outputs < OUTPUTS)[None, :])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .decode import FIELDS, each, read_bias
+from .decode import FIELDS, read_bias
 from .overlap import begin
 from .product import multiply
 
@@ -98,12 +98,12 @@ def gate_up(
         both = multiply(x, rows, is_pair, line, lines, numbers, HIDDEN, INTERMEDIATE, CODECS, DOT)
         gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
     else:
-        gate = multiply(x, rows, is_pair, line, each(line, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+        gate = multiply(x, rows, is_pair, line, line, outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
         second = line + FIELDS
-        up = multiply(x, rows, is_pair, second, each(second, outputs), outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
+        up = multiply(x, rows, is_pair, second, second, outputs, HIDDEN, INTERMEDIATE, CODECS, DOT)
     if HAS_BIAS:
-        gate += read_bias(each(line, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
-        up += read_bias(each(line + FIELDS, outputs), outputs, is_output, x.dtype.element_ty)[None, :]
+        gate += read_bias(line, outputs, is_output, x.dtype.element_ty)[None, :]
+        up += read_bias(line + FIELDS, outputs, is_output, x.dtype.element_ty)[None, :]
     found = activate(gate, up, alpha, limit, ACTIVATION)
     place = output + own.to(tl.int64)[:, None] * INTERMEDIATE + outputs[None, :]
     tl.store(place, found.to(output.dtype.element_ty), is_pair[:, None] & is_output[None, :])
@@ -138,10 +138,9 @@ def down(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < HIDDEN
     line = table + expert * (3 * FIELDS) + 2 * FIELDS
-    lines = each(line, outputs)
-    found = multiply(x, rows, is_pair, line, lines, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
+    found = multiply(x, rows, is_pair, line, line, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
     if HAS_BIAS:
-        found += read_bias(lines, outputs, is_output, x.dtype.element_ty)[None, :]
+        found += read_bias(line, outputs, is_output, x.dtype.element_ty)[None, :]
     found *= tl.load(weights + rows, is_pair, 0.0).to(tl.float32)[:, None]
     tl.store(output + rows[:, None] * HIDDEN + outputs[None, :], found, is_pair[:, None] & is_output[None, :])
 
@@ -191,8 +190,7 @@ def linear(
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < OUTPUTS
-    lines = each(table, outputs)
-    found = multiply(x, rows.to(tl.int64), is_row, table, lines, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
+    found = multiply(x, rows.to(tl.int64), is_row, table, table, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
     if HAS_BIAS:
         found += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
     place = output + rows.to(tl.int64)[:, None] * OUTPUTS + outputs[None, :]

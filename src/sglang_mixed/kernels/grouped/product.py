@@ -26,6 +26,9 @@ from .decode import (
 
 #: Rows up to which a step's scales are loaded a step ahead: with more of them registers are scarce, and time is not.
 FEW_ROWS = tl.constexpr(16)
+#: Up to how many rows and outputs products are computed transposed, whatever the codec. (Values in slices always are:
+#: Hopper's tensor cores take their first factor from registers, and the second only from shared memory.)
+TURNED_ROWS, TURNED_OUTPUTS = tl.constexpr(8), tl.constexpr(64)
 
 
 @triton.jit
@@ -45,8 +48,9 @@ def multiply(
 ):
     """float32 [rows, outputs]: `rows` of x [.., X_COLUMNS] times `outputs` of weights, each from a table's line.
 
-    All `lines` have the codec, order and groups of `line`. A row that is none, by `is_row`, comes out as zeros.
-    `DOT` is the dtype of the products' factors. Of `PARTS` runs of steps only `part` is summed.
+    All `lines` have the codec, order and groups of `line`, which may stand for all of them. A row that is none, by
+    `is_row`, comes out as zeros. `DOT` is the dtype of the products' factors. Of `PARTS` runs of steps only `part` is
+    summed.
     """
     sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
     number = tl.load(line + CODEC)
@@ -73,7 +77,10 @@ def _product(
     PARTS: tl.constexpr,
 ):
     codec: tl.constexpr = CODECS[NUMBER]
-    is_output = outputs < OUTPUTS
+    if tl.cdiv(OUTPUTS, outputs.shape[0]) * outputs.shape[0] == OUTPUTS:  # nothing to ask at each load
+        is_output = tl.full(outputs.shape, True, tl.int1)
+    else:
+        is_output = outputs < OUTPUTS
     weight_rows = outputs + codec.first_row
     STEPS: tl.constexpr = codec.width // codec.step
     OWN: tl.constexpr = (STEPS + PARTS - 1) // PARTS
@@ -86,9 +93,9 @@ def _product(
         if codec.scale != "":
             sums *= read_scale(lines, 0, weight_rows, is_output, codec)[None, :]
     if codec.factor == "multiplies":
-        sums *= tl.load(pointer_of(lines, FACTOR, tl.float32))[None, :]
+        sums *= _in_columns(tl.load(pointer_of(lines, FACTOR, tl.float32)))
     elif codec.factor == "divides":
-        sums /= tl.load(pointer_of(lines, FACTOR, tl.float32))[None, :]
+        sums /= _in_columns(tl.load(pointer_of(lines, FACTOR, tl.float32)))
     if codec.kind == E2M1:  # its values are counted in halves
         sums *= 0.5
     return sums
@@ -111,15 +118,23 @@ def _sums(
 ):
     """Sums over some steps, one at a time, and those of the inputs; scaled where the weight has groups.
 
-    Of values in slices none changes its thread between memory and product, and a step may be of several groups.
+    Of values in slices none changes its thread between memory and product, and a step may be of several groups. With
+    many rows their product is taken in two halves: values of both at once would run out of registers.
     """
-    GROUPS: tl.constexpr = max(1, codec.step // codec.group)
-    COLUMNS: tl.constexpr = codec.step // GROUPS
     HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
+    GROUPS: tl.constexpr = max(1, codec.step // codec.group)
+    HALVES: tl.constexpr = 2 if codec.is_sliced and GROUPS == 1 and not HAS_FEW_ROWS else 1
+    COLUMNS: tl.constexpr = codec.step // (GROUPS * HALVES)
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
+    IS_SMALL: tl.constexpr = rows.shape[0] <= TURNED_ROWS and weight_rows.shape[0] <= TURNED_OUTPUTS
+    TURNS: tl.constexpr = codec.is_sliced or IS_SMALL
     FOLDS_ZEROS: tl.constexpr = codec.is_sliced and not HAS_FEW_ROWS
     STEPS: tl.constexpr = codec.width // codec.step
-    sums = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    if TURNS:
+        nothing = tl.zeros((weight_rows.shape[0], rows.shape[0]), tl.float32)
+    else:
+        nothing = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    sums = nothing
     input_sums = tl.zeros(rows.shape, tl.float32)
     if codec.group != ALL and AHEAD:
         scale = read_scale(lines, _group(line, tl.minimum(first, STEPS - 1), codec), weight_rows, is_output, codec)
@@ -127,32 +142,75 @@ def _sums(
         if codec.is_sliced:
             fields = read_fields(lines, step, weight_rows, is_output, codec, DOT)
         for number in tl.static_range(GROUPS):
-            stored = step * codec.step + number * COLUMNS + tl.arange(0, COLUMNS)
-            inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
-            if codec.is_sliced:
-                values = join_fields(fields, number * COLUMNS // SLICE, COLUMNS // SLICE)
-            else:
-                values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
-            if codec.group == ALL:
-                sums = tl.dot(inputs, values, sums, input_precision="ieee")
-                if codec.zero_bits != 0:
-                    input_sums += tl.sum(inputs.to(tl.float32), 1)
-            else:
-                group = _group(line, step, codec) + number
-                if AHEAD:
-                    own = scale  # what the next step needs is on its way before this one's product
-                    following = tl.minimum(step + 1, STEPS - 1)
-                    scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
-                if codec.zero_bits != 0 and FOLDS_ZEROS:  # differences of codes are exact in 16 bits
-                    values -= read_zero(lines, group, weight_rows, is_output, codec)[None, :].to(DOT)
-                product = tl.dot(inputs, values, input_precision="ieee")
+            group = _group(line, step, codec) + number
+            if codec.group != ALL and AHEAD:
+                own = scale  # what the next step needs is on its way before this one's product
+                following = tl.minimum(step + 1, STEPS - 1)
+                scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
+            if codec.zero_bits != 0 and codec.group != ALL:
+                zero = read_zero(lines, group, weight_rows, is_output, codec)
+            product = nothing
+            for half in tl.static_range(HALVES):
+                stored = step * codec.step + (number * HALVES + half) * COLUMNS + tl.arange(0, COLUMNS)
+                inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
+                if codec.is_sliced:
+                    values = join_fields(fields, (number * HALVES + half) * COLUMNS // SLICE, COLUMNS // SLICE)
+                else:
+                    values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
+                if codec.group == ALL:
+                    sums = _dot(inputs, values, sums, TURNS)
+                    if codec.zero_bits != 0:
+                        input_sums += tl.sum(inputs.to(tl.float32), 1)
+                else:
+                    if codec.zero_bits != 0 and FOLDS_ZEROS:  # differences of codes are exact in 16 bits
+                        values -= zero[None, :].to(DOT)
+                    product = _dot(inputs, values, product, TURNS)
+                    if codec.zero_bits != 0 and not FOLDS_ZEROS:
+                        product -= _by_row(tl.sum(inputs.to(tl.float32), 1), TURNS) * _by_output(zero, TURNS)
+            if codec.group != ALL:
                 if not AHEAD:
                     own = read_scale(lines, group, weight_rows, is_output, codec)
-                if codec.zero_bits != 0 and not FOLDS_ZEROS:
-                    zero = read_zero(lines, group, weight_rows, is_output, codec)
-                    product -= tl.sum(inputs.to(tl.float32), 1)[:, None] * zero[None, :]
-                sums += product * own[None, :]
+                sums += product * _by_output(own, TURNS)
+    if TURNS:
+        sums = tl.trans(sums)
     return sums, input_sums
+
+
+@triton.jit
+def _in_columns(one):
+    if one.type.is_block():
+        found = one[None, :]
+    else:
+        found = one
+    return found
+
+
+@triton.jit
+def _dot(inputs, values, sums, TURNS: tl.constexpr):
+    """sums + inputs [rows, columns] · values [columns, outputs], or that transposed."""
+    if TURNS:
+        found = tl.dot(tl.trans(values), tl.trans(inputs), sums, input_precision="ieee")
+    else:
+        found = tl.dot(inputs, values, sums, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def _by_output(one, TURNS: tl.constexpr):
+    if TURNS:
+        found = one[:, None]
+    else:
+        found = one[None, :]
+    return found
+
+
+@triton.jit
+def _by_row(one, TURNS: tl.constexpr):
+    if TURNS:
+        found = one[None, :]
+    else:
+        found = one[:, None]
+    return found
 
 
 @triton.jit
