@@ -237,11 +237,7 @@ def read_bias(lines, outputs, is_output, TYPE: tl.constexpr):
 @triton.jit
 def in_rows(one):
     """[rows, 1] of something for each row; a scalar, which stands for all of them, stays one."""
-    if one.type.is_block():
-        found = one[:, None]
-    else:
-        found = one
-    return found
+    return one[:, None] if one.type.is_block() else one
 
 
 @triton.jit

@@ -24,8 +24,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-#: Of products with experts' gate and up (of both together twice their outputs), and with down: by the rows of a program,
-#: the fastest on an H200 for FP8, Int4 and a mix of both.
+#: Of products with experts' gate and up, outputs of both together, and with down: by the rows of a program, the fastest
+#: on an H200 for FP8, Int4 and a mix of both.
 GATE_UP = {8: Tiles(8, 128, 4, 3), 16: Tiles(16, 128, 4, 3), 64: Tiles(64, 128, 4, 3)}
 DOWN = {8: Tiles(8, 64, 2, 3), 16: Tiles(16, 128, 4, 3), 64: Tiles(64, 128, 4, 3)}
 #: Of both, where a thread would run out of registers.
@@ -81,8 +81,8 @@ def cut_linear(rows: int, columns: int, outputs: int) -> Cut:
     tiles, busy = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
     programs = triton.cdiv(outputs, tiles.outputs) * triton.cdiv(rows, tiles.rows)
     steps = triton.cdiv(columns, LARGEST_STEP)
-    wanted = max(1, min(steps // LEAST_STEPS, busy * MULTIPROCESSORS // programs))
-    return Cut(tiles, triton.cdiv(steps, triton.cdiv(steps, wanted)))
+    own = max(LEAST_STEPS, triton.cdiv(steps, max(1, busy * MULTIPROCESSORS // programs)))
+    return Cut(tiles, triton.cdiv(steps, own))
 
 
 def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], pairs: float) -> tuple[Tiles, Tiles]:

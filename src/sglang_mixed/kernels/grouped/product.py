@@ -178,11 +178,7 @@ def _sums(
 
 @triton.jit
 def _in_columns(one):
-    if one.type.is_block():
-        found = one[None, :]
-    else:
-        found = one
-    return found
+    return one[None, :] if one.type.is_block() else one
 
 
 @triton.jit
@@ -197,20 +193,12 @@ def _dot(inputs, values, sums, TURNS: tl.constexpr):
 
 @triton.jit
 def _by_output(one, TURNS: tl.constexpr):
-    if TURNS:
-        found = one[:, None]
-    else:
-        found = one[None, :]
-    return found
+    return one[:, None] if TURNS else one[None, :]
 
 
 @triton.jit
 def _by_row(one, TURNS: tl.constexpr):
-    if TURNS:
-        found = one[None, :]
-    else:
-        found = one[:, None]
-    return found
+    return one[None, :] if TURNS else one[:, None]
 
 
 @triton.jit
