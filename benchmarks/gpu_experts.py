@@ -33,7 +33,7 @@ TOKENS, TOLD, ROUTINGS, REPEATS, BAR = (1, 4, 16, 64, 256), (1024, 4096), 8, 15,
 HIDDEN, EXPERTS, TOP_K = (REAL_SIZES[name] for name in ("hidden_size", "num_experts", "num_experts_per_tok"))
 #: Experts of the first source; the others are Int4.
 SHARES = {"fp8": 1.0, "int4": 0.0, "mixed": 0.25}
-#: What runs them: `SGLANG_MIXED_GROUPED_EXPERTS`.
+#: What runs them: `SGLANG_MIXED_TRITON`.
 KERNELS = {"SGLang's": "needed", "ours": "all"}
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -118,7 +118,7 @@ def main() -> int:
             rules = {f"{PREFIX}.{{0..{int(share * EXPERTS) - 1}}}.*": "fp8"} if share else {}
             plan = make_plan(write_map(folder / "map.yaml", rules, **sources)).rank()
             for kernels, wish in KERNELS.items():
-                os.environ["SGLANG_MIXED_GROUPED_EXPERTS"] = wish
+                os.environ["SGLANG_MIXED_TRITON"] = wish
                 layers[kernels, formats] = experts(plan, "cuda")
         for tokens in TOKENS + TOLD:
             given = inputs(tokens)

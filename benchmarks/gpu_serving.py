@@ -46,18 +46,20 @@ ENGINE: dict[str, Any] = {
     "mem_fraction_static": 0.9,
     "log_level": "error",
 }
-#: name -> the checkpoint of stock SGLang; or a map's base, its rules, and the experts' kernel.
+#: name -> the checkpoint of stock SGLang; or a map's base, its rules, and what our kernels run (SGLANG_MIXED_TRITON).
 STOCK = {"stock BF16": "bf16", "stock FP8": "fp8"}
 MAPS: dict[str, tuple[str, dict[str, str], str]] = {
     "BF16 map": ("bf16", {}, "needed"),
     "FP8 map": ("fp8", {}, "needed"),
     "Int4 map": ("int4", {}, "needed"),
-    "hot FP8 experts": ("int4", {HOT_EXPERTS: "fp8"}, "mixed"),
+    "Int4 map, our kernels": ("int4", {}, "faster"),
+    "hot FP8 experts": ("int4", {HOT_EXPERTS: "fp8"}, "faster"),
 }
 #: measure, numerator, denominator, bar, at which batches.
 RATIOS = [
     ("uniform BF16 map", "BF16 map", "stock BF16", 0.98, BATCHES),
     ("uniform FP8 map", "FP8 map", "stock FP8", 0.98, BATCHES),
+    ("Int4 on our kernels", "Int4 map, our kernels", "Int4 map", 0.98, BATCHES),
     ("25 % FP8 + 75 % Int4 experts", "hot FP8 experts", "Int4 map", 0.95, BATCHES),
     ("25 % FP8 + 75 % Int4 experts", "hot FP8 experts", "BF16 map", 1.5, (1, 16)),
 ]
@@ -68,7 +70,7 @@ class Answering:
 
     def __init__(self, log: Path, arguments: Mapping[str, Any], gpu: str, wish: str | None, cores: set[int]) -> None:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-        environment |= {"SGLANG_MIXED_GROUPED_EXPERTS": wish} if wish else {}
+        environment |= {"SGLANG_MIXED_TRITON": wish} if wish else {}
         self._cores = cores
         self._log, self._errors = log, log.open("w")
         command = [sys.executable, __file__, "--engine", json.dumps({**ENGINE, **arguments})]

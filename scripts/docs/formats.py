@@ -36,7 +36,7 @@ slow. Small matrices, and shapes that no fast kernel takes, use it too. Activati
 "SGLang" names its own method, which quantizes activations for FP8 and INT8; "our Triton kernel" decodes into tensor
 cores and leaves activations in 16 bits. The experts of a layer that mixes formats run on it together, whatever the
 lines below say: one launch was faster than one a format in every size measured.
-`SGLANG_MIXED_GROUPED_EXPERTS=needed` leaves them to SGLang where it has kernels, `all` takes those of uniform layers as
+`SGLANG_MIXED_TRITON=needed` leaves them to SGLang where it has kernels, `all` takes those of uniform layers as
 well. The lines about GPUs are what the code chooses; [what ran](performance.md) is another matter.
 
 Bytes are those of a 4096 x 4096 weight, whose 16 bits are 33,554,432.

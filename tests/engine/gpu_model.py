@@ -66,7 +66,7 @@ def replace_gpu() -> None:
     replace_device(setattr)
     loader.Transfer = PinnedTransfer
     # Layers that mix would run on our own kernel, which needs a GPU or an interpreter.
-    os.environ[decoded.GROUPED_EXPERTS] = "needed"
+    os.environ[decoded.TRITON] = "needed"
     replace_expert_kernels(setattr)
     replace_linear_kernels(setattr)
 

@@ -21,7 +21,7 @@ from sglang_mixed.plan import make_plan
 from ..models import write_map
 from . import decoded_checks
 from .family_models import write_family
-from .layers import PREFIX, WRITERS, write_experts
+from .layers import PREFIX, WRITERS, loading, write_experts
 from .mixes import SOURCES
 from .test_fused_experts import MIX, write_hub
 
@@ -110,8 +110,11 @@ def linears(run: Any, write: Write) -> dict[str, Any]:
     parts = dict(zip(qkv, ("gptq-3-bit", "int8-weight-only", "gptq-asymmetric-act-order"), strict=True))
     fused = write({f"{ATTENTION}.{part}": kind for part, kind in parts.items()})
     check = decoded_checks.linear
+    alike = write({f"{ATTENTION}.{part}": "gptq-3-bit" for part in qkv})
     return {
         "fused": run(check, fused, ATTENTION, qkv),
+        "one matrix": run(check, alike, ATTENTION, qkv),
+        "one matrix over ranks": run(check, alike, ATTENTION, qkv, 2, 1),
         "fused over ranks": run(check, fused, ATTENTION, qkv, 4, 1),
         # 64 of 256 columns: half a block, and less than Marlin's tile.
         "cut inside of a block": run(check, write({f"{ATTENTION}.o_proj": "fp8-wide"}), ATTENTION, ("o_proj",), 4, 1),
@@ -121,7 +124,10 @@ def linears(run: Any, write: Write) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["fused", "fused over ranks", "cut inside of a block", "smaller than a tile"])
+LINEARS = ("fused", "fused over ranks", "one matrix", "one matrix over ranks", "cut inside of a block")
+
+
+@pytest.mark.parametrize("name", [*LINEARS, "smaller than a tile"])
 def test_a_linear_layer_that_no_kernel_of_sglang_runs_computes_what_it_must(linears: Any, name: str) -> None:
     found = linears[name].result()
     assert found["error"] <= 1e-10
@@ -129,10 +135,16 @@ def test_a_linear_layer_that_no_kernel_of_sglang_runs_computes_what_it_must(line
     assert found["held"] == found["planned"]
 
 
+def test_parts_that_are_stored_alike_take_one_launch(linears: Any) -> None:
+    assert len(linears["fused"].result()["kinds"]) == 3
+    assert len(linears["one matrix"].result()["kinds"]) == len(linears["one matrix over ranks"].result()["kinds"]) == 1
+
+
 def kinds(mapping: Mapping[str, str], write: Write) -> dict[str, list[int]]:
     plan = make_plan(write(experts(mapping)))
     local = [tuple(plan.modules[name] for name in expert_modules(PREFIX, n, plan.modules)) for n in range(EXPERTS)]
-    return {kind.__name__: members for kind, members in share_out(local)}  # type: ignore[arg-type,attr-defined]
+    with loading(plan.rank()):
+        return {kind.__name__: members for kind, members in share_out(local)}  # type: ignore[arg-type,attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -140,20 +152,44 @@ def kinds(mapping: Mapping[str, str], write: Write) -> dict[str, list[int]]:
     [
         ("needed", {"ExpertGroup": [0, 1, 2, 3]}, {"ExpertGroup": [2, 3], "DecodedExperts": [0]}),
         ("mixed", {"ExpertGroup": [0, 1, 2, 3]}, {"DecodedExperts": [0, 1, 2, 3]}),
+        ("faster", {"ExpertGroup": [0, 1, 2, 3]}, {"DecodedExperts": [0, 1, 2, 3]}),
         ("all", {"DecodedExperts": [0, 1, 2, 3]}, {"DecodedExperts": [0, 1, 2, 3]}),
     ],
 )
 def test_the_operator_chooses_what_runs_on_the_triton_kernel(
     wish: str, one: Any, two: Any, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(decoded.GROUPED_EXPERTS, wish)
+    monkeypatch.setenv(decoded.TRITON, wish)
     assert kinds({"*.*": "gptq"}, write) == one
     assert kinds({"0.up_proj": "int8", "1.*": "gptq"}, write) == two
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability", "wish", "is_ours"),
+    [
+        ("gptq-channel", (9, 0), "", True),
+        ("gptq-channel", (9, 0), "mixed", False),
+        ("gptq-channel", (8, 0), "", False),
+        ("gptq", (9, 0), "", False),  # two groups a step
+        ("awq", (9, 0), "", False),
+        ("fp8-block", (9, 0), "", False),
+        ("fp8-block", (8, 0), "all", True),
+        ("bf16", (9, 0), "all", False),
+    ],
+)
+def test_sglang_s_kernels_give_way_where_ours_was_measured_to_be_faster(
+    kind: str, capability: tuple[int, int], wish: str, is_ours: bool, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(decoded.TRITON, wish)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    module = make_plan(write({f"{ATTENTION}.q_proj": kind})).modules[f"{ATTENTION}.q_proj"]
+    assert bool(decoded.why_wished([module.format])) == is_ours
+
+
 def test_a_wish_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(decoded.GROUPED_EXPERTS, "yes")
-    with pytest.raises(EngineError, match="one of mixed, needed, all"):
+    monkeypatch.setenv(decoded.TRITON, "yes")
+    with pytest.raises(EngineError, match="one of faster, mixed, needed, all"):
         decoded.wishes()
 
 

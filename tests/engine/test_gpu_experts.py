@@ -18,7 +18,7 @@ from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from sglang_mixed.engine.layers.decoded import GROUPED_EXPERTS
+from sglang_mixed.engine.layers.decoded import TRITON
 from sglang_mixed.engine.layers.grouped_moe import MixedMoE
 from sglang_mixed.engine.loading.file_tensors import FileTensors
 from sglang_mixed.engine.loading.transfer import Transfer
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("slabs")
 @pytest.fixture(autouse=True)
 def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that mix run on SGLang's kernels, a group a format: by default ours runs them at once."""
-    monkeypatch.setenv(GROUPED_EXPERTS, "needed")
+    monkeypatch.setenv(TRITON, "needed")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 
-from sglang_mixed.engine.layers.decoded import GROUPED_EXPERTS
+from sglang_mixed.engine.layers.decoded import TRITON
 from sglang_mixed.engine.layers.grouped_moe import MixedMoE
 from sglang_mixed.engine.layers.linear_methods import compiled
 from sglang_mixed.engine.loading import kernel_builds
@@ -40,7 +40,7 @@ KERNELS = [linear(BF16), experts(BF16, True), repacking(False)]
 @pytest.fixture(autouse=True)
 def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that mix run on SGLang's kernels, a group a format: by default ours runs them at once."""
-    monkeypatch.setenv(GROUPED_EXPERTS, "needed")
+    monkeypatch.setenv(TRITON, "needed")
 
 
 @pytest.mark.parametrize(

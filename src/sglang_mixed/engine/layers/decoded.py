@@ -19,6 +19,8 @@ from ...checkpoint import join
 from ...errors import EngineError
 from ...formats import ModuleFormat
 from ...formats.base import TORCH_DTYPES
+from ...formats.fusion import fuse
+from ...formats.slicing import whole
 from ...kernels.grouped.arrange import arrange
 from ...kernels.grouped.codec import codec_of, why_not
 from ...kernels.grouped.table import Weight
@@ -28,15 +30,17 @@ from ..loading.file_tensors import Converted, FileTensors, StockTensor, TensorPl
 from ..loading.ledger import Line
 from .moe import ExpertModules
 
-__all__ = ["GROUPED_EXPERTS", "DecodedExperts", "DecodedRun", "tell", "why_not", "wishes"]
+__all__ = ["TRITON", "DecodedExperts", "DecodedRun", "tell", "why_not", "why_wished", "wishes"]
 
 logger = logging.getLogger(__name__)
 
-#: Which experts run on the grouped Triton kernel, if it reads their formats: also those of layers that mix ("mixed", as
-#: long as nothing else is said: faster than a launch a format, see benchmarks/RESULTS.md), only those of no other
-#: kernel ("needed"), or all but those of 16-bit layers ("all").
-GROUPED_EXPERTS = "SGLANG_MIXED_GROUPED_EXPERTS"
-WISHES = ("mixed", "needed", "all")
+#: What runs on our Triton kernels, if they read its format: what no kernel of SGLang runs ("needed"), the experts of
+#: layers that mix as well ("mixed"), also what they are known to run faster than SGLang's ("faster", as long as nothing
+#: else is said), or everything but 16-bit layers ("all").
+TRITON = "SGLANG_MIXED_TRITON"
+WISHES = ("faster", "mixed", "needed", "all")
+#: The GPUs on which they are: Hopper's (benchmarks/gpu_linears.py, gpu_experts.py).
+MEASURED_ON = 9
 #: What static activations are scaled by; a kernel that does not quantize them has no use for it.
 STATIC = ("input_scale", "input_global_scale")
 
@@ -124,13 +128,16 @@ class ExpertBiases(FileTensors):
 
 
 class DecodedRun(Converted):
-    """One part of a linear layer."""
+    """One part of a linear layer, or several that can be one matrix."""
 
-    def __init__(self, part: PlannedModule, dtype: torch.dtype) -> None:
+    def __init__(self, parts: Sequence[PlannedModule], dtype: torch.dtype) -> None:
         super().__init__()
-        self.parts = [part]
-        self._part = state.current_loading().plan.parts[part.name]
-        self.file_tensors = FileTensors([[part]], [self._part.held], dtype)
+        self.parts = parts
+        planned = [state.current_loading().plan.parts[part.name] for part in parts]
+        fused = fuse([part.format for part in planned])
+        assert fused is not None
+        self._part = planned[0] if len(parts) == 1 else Part(whole(fused.shape), whole(fused.shape), fused)
+        self.file_tensors = FileTensors([parts], [part.held for part in planned], dtype)
 
     def convert(self) -> None:
         """The files' layout gives way to the kernel's."""
@@ -142,16 +149,35 @@ class DecodedRun(Converted):
         self.note_padding()
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., in] -> [..., out of this part]."""
+        """x [..., in] -> [..., out of these parts]."""
         return self._linear.run(x, bias)
+
+
+def why_wished(formats: Sequence[ModuleFormat]) -> str | None:
+    """Why our kernel runs weights of these formats, as a rank holds them, though SGLang has one; None: it does not."""
+    wish = wishes()
+    if wish == "all" and all(one.name != "plain" and why_not(one) is None for one in formats):
+        return f"{TRITON}=all"
+    if wish == "faster" and all(map(is_faster, formats)):
+        return "faster than SGLang's on this GPU"
+    return None
+
+
+def is_faster(module_format: ModuleFormat) -> bool:
+    """Whether our kernel is known to be faster than SGLang's: symmetric 4 bits, in groups that are whole steps."""
+    if why_not(module_format):
+        return False
+    codec = codec_of(module_format)
+    on_measured = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == MEASURED_ON
+    return on_measured and codec.is_sliced and not codec.takes_registers
 
 
 def wishes() -> str:
     """The operator's choice among `WISHES`. Raises EngineError for any other word."""
-    wish = os.environ.get(GROUPED_EXPERTS) or WISHES[0]
+    wish = os.environ.get(TRITON) or WISHES[0]
     if wish not in WISHES:
         raise EngineError(
-            f"{GROUPED_EXPERTS}={wish}", rule=f"one of {', '.join(WISHES)}", remedy="correct the environment variable"
+            f"{TRITON}={wish}", rule=f"one of {', '.join(WISHES)}", remedy="correct the environment variable"
         )
     return wish
 

@@ -156,17 +156,17 @@ def group_experts(experts: Sequence[ExpertModules]) -> list[list[int]]:
 
 def share_out(experts: Sequence[ExpertModules]) -> list[tuple[Kind, list[int]]]:
     """Groups of experts and what runs each; all experts are in one. Raises UnsupportedError where nothing can."""
-    groups = group_experts(experts)
-    wish = wishes()
+    groups, parts = group_experts(experts), state.current_loading().plan.parts
     # SGLang's kernels of compressed formats add no biases.
     biased = any(module.bias for expert in experts for module in expert)
-    is_wished = wish == "all" or (wish == "mixed" and len(groups) > 1)
+    is_mix = wishes() != "needed" and len(groups) > 1
     found: list[tuple[Kind, list[int]]] = []
     rest: list[int] = []
     for members in groups:
         alike = [experts[member] for member in members]
+        is_wished = is_mix or decoded.why_wished([parts[module.name].format for module in alike[0]])
         if biased or choose_kernel(alike) is None or (is_wished and is_decoded(alike)):
-            check_decoded(alike)
+            check_decoded(alike, is_wished if isinstance(is_wished, str) else "one launch for all formats of a layer")
             rest += members
         else:
             found.append((ExpertGroup, members))
@@ -186,8 +186,11 @@ def is_decoded(experts: Sequence[ExpertModules]) -> bool:
     return all(decoded.why_not(module.format) is None for module in experts[0])
 
 
-def check_decoded(experts: Sequence[ExpertModules]) -> None:
-    """Say why our own kernel runs these experts, stored alike. Raises UnsupportedError where it cannot either."""
+def check_decoded(experts: Sequence[ExpertModules], wish: str) -> None:
+    """Say why our own kernel runs these experts, stored alike: by a wish, if SGLang has a kernel for them.
+
+    Raises UnsupportedError where it cannot.
+    """
     gate, up, down = experts[0]
     formats = ExpertFormats(gate.format, down.format)
     labels = ", ".join(dict.fromkeys(label_of(one.format) for one in experts[0]))
@@ -201,7 +204,7 @@ def check_decoded(experts: Sequence[ExpertModules]) -> None:
             rule="; ".join(dict.fromkeys(why + reasons)),
             remedy=REMEDY,
         )
-    tell(f"experts of {labels}", "; ".join(why) or "one launch for all formats of a layer, with their biases")
+    tell(f"experts of {labels}", "; ".join(why) or wish)
 
 
 def check_activation(prefix: str, groups: Sequence[ExpertGroup | DecodedExperts], config: Any) -> None:

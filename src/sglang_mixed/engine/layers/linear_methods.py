@@ -38,9 +38,9 @@ class LinearRecipe:
 
 
 def needs_decoding(parts: Sequence[PlannedModule], rows: Sequence[int]) -> bool:
-    """Whether our own kernel must run parts that could be one matrix; says so, and why.
+    """Whether our own kernel runs parts that could be one matrix; says so, and why.
 
-    Raises UnsupportedError where that cannot either.
+    Raises UnsupportedError where it must and cannot.
     """
     planned = state.current_loading().plan.parts
     module_format, columns = parts[0].format, planned[parts[0].name].format.shape[1]
@@ -57,7 +57,7 @@ def needs_decoding(parts: Sequence[PlannedModule], rows: Sequence[int]) -> bool:
             rule=f"{reason}; {ours}",
             remedy=REMEDY,
         )
-    if reason:
+    if reason := reason or decoded.why_wished([planned[part.name].format for part in parts]):
         decoded.tell(label, reason)
     return bool(reason)
 

@@ -1,7 +1,7 @@
 """Linear layers on an accelerator whose parts are stored differently: one of SGLang's methods per run of parts.
 
 Neighbouring parts that agree stay one matrix. Each run costs a kernel launch, and all but the first a concatenation.
-What SGLang has no method for runs on our own kernel, part by part (`decoded.py`).
+What SGLang has no method for, or a slower one, runs on our own kernel (`decoded.py`).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class SplitLinear(LinearMethodBase):
             parts = self._parts[begin:end]
             rows = [_rows(part) for part in parts]
             if needs_decoding(parts, rows):
-                self.runs += [DecodedRun(part, params_dtype) for part in parts]
+                self.runs += [DecodedRun(some, params_dtype) for some in _decoded_together(parts)]
             else:
                 self.runs.append(LinearRun(parts, rows, params_dtype))
         for number, run in enumerate(self.runs):
@@ -137,6 +137,12 @@ def runs_of(parts: Sequence[PlannedModule]) -> Iterator[tuple[int, int]]:
         if not joins:
             yield begin, end
             begin = end
+
+
+def _decoded_together(parts: Sequence[PlannedModule]) -> list[Sequence[PlannedModule]]:
+    planned = [state.current_loading().plan.parts[part.name] for part in parts]
+    is_one = all(part.is_exact for part in planned) and fuse([part.format for part in planned])
+    return [parts] if is_one else [[part] for part in parts]
 
 
 def _is_by_tensor(part: PlannedModule) -> bool:
