@@ -187,7 +187,7 @@ def test_few_products_are_cut_into_parts_of_steps_and_many_are_not(columns: int)
     for own in launch.cut_experts(columns, columns):
         assert 1 <= own.parts <= min(steps, launch.MOST_PARTS)
     few, many = (launch.cut_linear(1, columns, outputs).parts for outputs in (64, 1 << 16))
-    assert few == -(-steps // launch.LEAST_STEPS) and many == 1
+    assert few == -(-steps // launch.LINEAR[8].steps) and many == 1
     assert launch.cut_linear(1 << 16, columns, 64).parts == 1
 
 

@@ -24,6 +24,17 @@ class Tiles(NamedTuple):
     stages: int
 
 
+class Linear(NamedTuple):
+    """How a linear of few rows is cut: its tiles, the programs that a multiprocessor gets at most, a part's least steps.
+
+    What a program does before and after its steps takes as long as some of them.
+    """
+
+    tiles: Tiles
+    busy: int
+    steps: int
+
+
 #: Of products with experts' gate and up, outputs of both together, and with down: by the rows of a program, the fastest
 #: on an H200 for FP8, Int4 and a mix of both.
 GATE_UP = {8: Tiles(8, 128, 4, 3), 16: Tiles(16, 128, 4, 3), 64: Tiles(64, 128, 4, 3)}
@@ -32,20 +43,19 @@ DOWN = {8: Tiles(8, 64, 2, 3), 16: Tiles(16, 128, 4, 3), 64: Tiles(64, 128, 4, 3
 OF_MANY_REGISTERS = {8: Tiles(8, 64, 4, 3), 16: Tiles(16, 64, 4, 3), 64: Tiles(64, 128, 8, 3)}
 #: Pairs of an expert on average, up to which a program has so many rows.
 PAIRS_OF_PROGRAM = {8: 8, 16: 16}
-#: Of linears, by their rows, and into how many programs for each multiprocessor of an H200 a product is cut at most.
+#: By rows, and for more of them; on an H200, against Marlin.
 LINEAR = {
-    8: (Tiles(8, 64, 2, 3), 8),
-    16: (Tiles(16, 64, 2, 3), 8),
-    32: (Tiles(32, 64, 4, 4), 4),
-    64: (Tiles(32, 64, 4, 4), 2),
+    8: Linear(Tiles(8, 64, 2, 3), 8, 2),
+    16: Linear(Tiles(16, 64, 2, 3), 8, 2),
+    32: Linear(Tiles(32, 64, 4, 4), 4, 2),
+    64: Linear(Tiles(32, 64, 4, 4), 4, 8),
+    128: Linear(Tiles(64, 64, 4, 4), 2, 8),
 }
-LINEAR_OF_MORE_ROWS = Tiles(64, 128, 8, 3), 2
+LINEAR_OF_MORE_ROWS = Linear(Tiles(64, 128, 8, 3), 2, 4)
 MULTIPROCESSORS = 132
 #: Products of experts that are cut along their columns: gate and up, each by itself; down; the steps of a part of each.
 GATE_UP_PARTS, DOWN_PARTS, EXPERTS_STEPS = Tiles(8, 64, 2, 3), Tiles(8, 32, 2, 3), (4, 3)
 MOST_PARTS = 8
-#: Steps of a part of a linear layer at least: what a program does before and after them takes as long as one.
-LEAST_STEPS = 2
 #: Outputs of a program that adds parts.
 SUMMED_AT_ONCE = 64
 #: Whether kernels are launched while the one ahead of them still runs, which hides what a launch takes.
@@ -78,11 +88,11 @@ def cut_experts(hidden: int, intermediate: int) -> tuple[Cut, Cut]:
 
 def cut_linear(rows: int, columns: int, outputs: int) -> Cut:
     """The cut of a product of rows and a weight [outputs, columns]: into no more programs than keep a GPU busy."""
-    tiles, busy = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
-    programs = triton.cdiv(outputs, tiles.outputs) * triton.cdiv(rows, tiles.rows)
+    linear = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
+    programs = triton.cdiv(outputs, linear.tiles.outputs) * triton.cdiv(rows, linear.tiles.rows)
     steps = triton.cdiv(columns, LARGEST_STEP)
-    own = max(LEAST_STEPS, triton.cdiv(steps, max(1, busy * MULTIPROCESSORS // programs)))
-    return Cut(tiles, triton.cdiv(steps, own))
+    own = max(linear.steps, triton.cdiv(steps, max(1, linear.busy * MULTIPROCESSORS // programs)))
+    return Cut(linear.tiles, triton.cdiv(steps, own))
 
 
 def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], pairs: float) -> tuple[Tiles, Tiles]:
