@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+from sglang_mixed.engine.layers.decoded import is_like_those_measured
 from sglang_mixed.engine.layers.linear_methods import why_not as why_not_stock
 from sglang_mixed.formats import FORMATS, ModuleFormat, get_format, nbytes, tensor_specs
 from sglang_mixed.formats.awq import AWQParameters
@@ -35,9 +36,10 @@ the processor adds int8 products exactly (VNNI or AMX). "Reference" is the forma
 slow. Small matrices, and shapes that no fast kernel takes, use it too. Activations stay in 16 bits on a CPU. On a GPU
 "SGLang" names its own method, which quantizes activations for FP8 and INT8; "our Triton kernel" decodes into tensor
 cores and leaves activations in 16 bits. The experts of a layer that mixes formats run on it together, whatever the
-lines below say: one launch was faster than one a format in every size measured.
-`SGLANG_MIXED_TRITON=needed` leaves them to SGLang where it has kernels, `all` takes those of uniform layers as
-well. The lines about GPUs are what the code chooses; [what ran](performance.md) is another matter.
+lines below say: one launch was faster than one a format in every size measured. "Hopper" is what it was measured on.
+`SGLANG_MIXED_TRITON=mixed` leaves weights of uniform layers to SGLang where it has kernels, `needed` those of layers that
+mix as well; `all` takes everything but 16-bit layers. The lines about GPUs are what the code chooses;
+[what ran](performance.md) is another matter.
 
 Bytes are those of a 4096 x 4096 weight, whose 16 bits are 33,554,432.
 """
@@ -187,6 +189,8 @@ def cpu(module_format: ModuleFormat) -> str:
 def gpu(module_format: ModuleFormat) -> str:
     """Which kernel a GPU runs it on, or why none does."""
     reason = why_not_stock(module_format)
+    if reason is None and is_like_those_measured(module_format):
+        return "our Triton kernel on Hopper, else SGLang, Marlin"
     if reason is None:
         return {"plain": "SGLang, 16 bits", "fp8": "SGLang, FP8", "int8": "SGLang, INT8"}.get(
             module_format.name, "SGLang, Marlin"

@@ -30,7 +30,16 @@ from ..loading.file_tensors import Converted, FileTensors, StockTensor, TensorPl
 from ..loading.ledger import Line
 from .moe import ExpertModules
 
-__all__ = ["TRITON", "DecodedExperts", "DecodedRun", "tell", "why_not", "why_wished", "wishes"]
+__all__ = [
+    "TRITON",
+    "DecodedExperts",
+    "DecodedRun",
+    "is_like_those_measured",
+    "tell",
+    "why_not",
+    "why_wished",
+    "wishes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -164,12 +173,17 @@ def why_wished(formats: Sequence[ModuleFormat]) -> str | None:
 
 
 def is_faster(module_format: ModuleFormat) -> bool:
-    """Whether our kernel is known to be faster than SGLang's: symmetric 4 bits, in groups that are whole steps."""
+    """Whether our kernel is known to be faster than SGLang's."""
+    on_measured = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == MEASURED_ON
+    return on_measured and is_like_those_measured(module_format)
+
+
+def is_like_those_measured(module_format: ModuleFormat) -> bool:
+    """Whether weights are symmetric codes of 4 bits, in groups that are whole steps."""
     if why_not(module_format):
         return False
     codec = codec_of(module_format)
-    on_measured = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == MEASURED_ON
-    return on_measured and codec.is_sliced and not codec.takes_registers
+    return codec.is_sliced and not codec.takes_registers
 
 
 def wishes() -> str:

@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """How a linear of few rows is cut: its tiles, the programs that a multiprocessor gets at most, a part's least steps.
+    """How a linear is cut: its tiles, the programs that a multiprocessor gets at most, a part's least steps.
 
     What a program does before and after its steps takes as long as some of them.
     """
