@@ -37,8 +37,8 @@ slow. Small matrices, and shapes that no fast kernel takes, use it too. Activati
 "SGLang" names its own method, which quantizes activations for FP8 and INT8; "our Triton kernel" decodes into tensor
 cores and leaves activations in 16 bits. The experts of a layer that mixes formats run on it together, whatever the
 lines below say: one launch was faster than one a format in every size measured. "Hopper" is what it was measured on.
-`SGLANG_MIXED_TRITON=mixed` leaves weights of uniform layers to SGLang where it has kernels, `needed` those of layers that
-mix as well; `all` takes everything but 16-bit layers. The lines about GPUs are what the code chooses;
+`SGLANG_MIXED_TRITON=mixed` leaves weights of uniform layers to SGLang where it has kernels, `needed` those of layers
+that mix as well; `all` takes everything but 16-bit layers. The lines about GPUs are what the code chooses;
 [what ran](performance.md) is another matter.
 
 Bytes are those of a 4096 x 4096 weight, whose 16 bits are 33,554,432.

@@ -3,8 +3,8 @@
     python scripts/gpu/layers.py
 
 Prints one JSON object a check: the normalized squared error of the worst output column, or of all with few tokens.
-Experts: each format alone, in a mix with ids of -1, cut inside its groups over four ranks, and replayed from a CUDA graph
-with other routing.
+Experts: each format alone, in a mix with ids of -1, cut inside its groups over four ranks, and replayed from a CUDA
+graph with other routing.
 """
 
 from __future__ import annotations
