@@ -128,12 +128,8 @@ def _sums(
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
     IS_SMALL: tl.constexpr = rows.shape[0] <= TURNED_ROWS and weight_rows.shape[0] <= TURNED_OUTPUTS
     TURNS: tl.constexpr = codec.is_sliced or IS_SMALL
-    FOLDS_ZEROS: tl.constexpr = codec.is_sliced and not HAS_FEW_ROWS
     STEPS: tl.constexpr = codec.width // codec.step
-    if TURNS:
-        nothing = tl.zeros((weight_rows.shape[0], rows.shape[0]), tl.float32)
-    else:
-        nothing = tl.zeros((rows.shape[0], weight_rows.shape[0]), tl.float32)
+    nothing = _zeros(rows, weight_rows, TURNS)
     sums = nothing
     input_sums = tl.zeros(rows.shape, tl.float32)
     if codec.group != ALL and AHEAD:
@@ -147,8 +143,6 @@ def _sums(
                 own = scale  # what the next step needs is on its way before this one's product
                 following = tl.minimum(step + 1, STEPS - 1)
                 scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
-            if codec.zero_bits != 0 and codec.group != ALL:
-                zero = read_zero(lines, group, weight_rows, is_output, codec)
             product = nothing
             for half in tl.static_range(HALVES):
                 stored = step * codec.step + (number * HALVES + half) * COLUMNS + tl.arange(0, COLUMNS)
@@ -157,23 +151,40 @@ def _sums(
                     values = join_fields(fields, (number * HALVES + half) * COLUMNS // SLICE, COLUMNS // SLICE)
                 else:
                     values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
-                if codec.group == ALL:
+                if codec.group != ALL:
+                    product = _add(inputs, values, product, lines, group, weight_rows, is_output, codec, TURNS)
+                else:
                     sums = _dot(inputs, values, sums, TURNS)
                     if codec.zero_bits != 0:
                         input_sums += tl.sum(inputs.to(tl.float32), 1)
-                else:
-                    if codec.zero_bits != 0 and FOLDS_ZEROS:  # differences of codes are exact in 16 bits
-                        values -= zero[None, :].to(DOT)
-                    product = _dot(inputs, values, product, TURNS)
-                    if codec.zero_bits != 0 and not FOLDS_ZEROS:
-                        product -= _by_row(tl.sum(inputs.to(tl.float32), 1), TURNS) * _by_output(zero, TURNS)
             if codec.group != ALL:
                 if not AHEAD:
                     own = read_scale(lines, group, weight_rows, is_output, codec)
                 sums += product * _by_output(own, TURNS)
+    return tl.trans(sums) if TURNS else sums, input_sums
+
+
+@triton.jit
+def _zeros(rows, outputs, TURNS: tl.constexpr):
     if TURNS:
-        sums = tl.trans(sums)
-    return sums, input_sums
+        found = tl.zeros((outputs.shape[0], rows.shape[0]), tl.float32)
+    else:
+        found = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
+    return found
+
+
+@triton.jit
+def _add(inputs, values, product, lines, group, weight_rows, is_output, codec: tl.constexpr, TURNS: tl.constexpr):
+    """product + inputs [rows, columns] · values [columns, outputs], which are of one group, less its zero points."""
+    FOLDS_ZEROS: tl.constexpr = codec.is_sliced and inputs.shape[0] > FEW_ROWS
+    if codec.zero_bits != 0:
+        zero = read_zero(lines, group, weight_rows, is_output, codec)
+        if FOLDS_ZEROS:  # differences of codes are exact in 16 bits
+            values -= zero[None, :].to(values.dtype)
+    product = _dot(inputs, values, product, TURNS)
+    if codec.zero_bits != 0 and not FOLDS_ZEROS:
+        product -= _by_row(tl.sum(inputs.to(tl.float32), 1), TURNS) * _by_output(zero, TURNS)
+    return product
 
 
 @triton.jit
