@@ -1,6 +1,6 @@
 """Compile the grouped Triton kernels for sm_90 without a GPU and tell what they take of it.
 
-    python benchmarks/kernels.py [--only FORMATS ...] [--write]
+    python benchmarks/kernels.py [--only FORMATS ...] [--target 90] [--write]
 
 Compiled is what `GroupedExperts` and `DecodedLinear` launch, for Qwen3-30B-A3B's experts (768 x 2048). Prints one JSON
 object a kernel and fails where registers spill; `--write` renews `benchmarks/kernels.md`.
@@ -42,7 +42,6 @@ from sglang_mixed.kernels.grouped.table import Weight
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 768, 8
 #: What is launched for columns in parts, and for weights of 8, 16 and more rows; linears of 32 rows have tiles too.
 TOKENS = 1, 16, 32, 2048
-TARGET = GPUTarget("cuda", 90, 32)
 GPTQ4 = GPTQParameters(4, 128, True, False, False, 1, "F16")
 #: Name -> a format's name and parameters; of each way in which the kernels read a weight at least one.
 FORMATS: dict[str, tuple[str, Any]] = {
@@ -82,7 +81,8 @@ COMMON = ("sort_pairs", "sum_slots", "sum_parts", "sum_rows")
 class Absent:
     """In place of Triton's driver: a GPU that kernels are compiled for, and that is not there."""
 
-    get_current_target = staticmethod(lambda: TARGET)
+    target = GPUTarget("cuda", 90, 32)
+    get_current_target = staticmethod(lambda: Absent.target)
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
 
@@ -211,8 +211,10 @@ def table(found: list[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], metavar="FORMATS", help="Names of the table's second column.")
+    parser.add_argument("--target", type=int, default=90, help="A GPU's compute capability, times ten.")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
+    Absent.target = GPUTarget("cuda", arguments.target, 32)
     found = []
     for line in lines(arguments.only):
         print(json.dumps({"measure": "kernel", **line, "ok": not line["spilled"]}), flush=True)

@@ -34,11 +34,12 @@ MAGIC = tl.constexpr(8388608)
 MAGIC_BITS = tl.constexpr(0x4B000000)
 
 
-def _fields_asm(kind: str, magic: int, middle: int) -> tl.constexpr:
-    """PTX for two words' 8 fields of 4 bits: each pair of halves becomes `magic` + code in 16 bits, less `middle`."""
+def _fields_asm(kind: str, magic: int, one: int, middle: int) -> tl.constexpr:
+    """PTX for two words' 8 fields of 4 bits: each becomes `magic` + code in 16 bits, and `middle` is added."""
     lines = [
         "{",
-        ".reg .b32 half, other, pair, middle;",
+        ".reg .b32 half, other, pair, one, middle;",
+        f"mov.b32 one, {one * 0x10001:#x};",
         f"mov.b32 middle, {middle * 0x10001:#x};",
         "prmt.b32 half, $8, $9, 0x5410;",
         "prmt.b32 other, $8, $9, 0x7632;",
@@ -49,33 +50,45 @@ def _fields_asm(kind: str, magic: int, middle: int) -> tl.constexpr:
         elif number:
             lines.append("shr.u32 half, half, 4;")
         lines.append(f"lop3.b32 pair, half, 0x000F000F, {magic * 0x10001:#x}, 0xEA;")
-        lines.append(f"sub.{kind}x2 ${number}, pair, middle;")
+        lines.append(f"fma.rn.{kind}x2 ${number}, pair, one, middle;")
     return tl.constexpr("\n".join([*lines, "}"]))
 
 
-#: 128 and 136 in BF16, 1024 and 1032 in FP16.
-FIELDS_BF16 = _fields_asm("bf16", 0x4300, 0x4308)
-FIELDS_FP16 = _fields_asm("f16", 0x6400, 0x6408)
+#: 128 and -136 in BF16, 1024 and -1032 in FP16.
+FIELDS_BF16 = _fields_asm("bf16", 0x4300, 0x3F80, 0xC308)
+FIELDS_FP16 = _fields_asm("f16", 0x6400, 0x3C00, 0xE408)
 FIELDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
 
 
-#: PTX for four e4m3 codes -> BF16. Exponent and fraction are BF16's once they are in their places, but for 120 in the
-#: exponent, which one product adds to all, subnormal numbers too. (One instruction gives FP16, for which others have to
-#: go to BF16 one by one, slower than memory.)
-E4M3_BF16 = tl.constexpr(
-    "{\n.reg .b32 pair, code, sign, factor, zero;\n"
-    "mov.b32 factor, 0x7B807B80;\nmov.b32 zero, 0x80008000;\n"
-    + "".join(
-        f"prmt.b32 pair, $2, 0, {bytes_in_halves};\n"
-        "shr.u32 code, pair, 4;\n"
-        "and.b32 sign, pair, 0x80008000;\n"
-        "lop3.b32 code, code, 0x07F007F0, sign, 0xEA;\n"
-        f"fma.rn.bf16x2 ${number}, code, factor, zero;\n"
-        for number, bytes_in_halves in enumerate(("0x1404", "0x3424"))
-    )
-    + "}"
-)
+def _e4m3_asm(kind: str, shift: int, factor: int) -> tl.constexpr:
+    """PTX for four e4m3 codes: exponent and fraction are those of 16 bits once they are in their places.
+
+    What the exponent lacks then one product adds to all, subnormal numbers too. (GPUs since Ada have an instruction for
+    FP16, from which others have to make BF16 value by value, slower than memory.)
+    """
+    lines = [
+        "{",
+        ".reg .b32 low, high, sign, factor, zero;",
+        f"mov.b32 factor, {factor * 0x10001:#x};",
+        "mov.b32 zero, 0x80008000;",
+        "prmt.b32 low, $2, 0, 0x1404;",
+        "prmt.b32 high, $2, 0, 0x3424;",
+    ]
+    for number, pair in enumerate(("low", "high")):
+        lines += [
+            f"and.b32 sign, {pair}, 0x80008000;",
+            f"shr.u32 {pair}, {pair}, {shift};",
+            f"lop3.b32 {pair}, {pair}, {(0x7F00 >> shift) * 0x10001:#x}, sign, 0xEA;",
+            f"fma.rn.{kind}x2 ${number}, {pair}, factor, zero;",
+        ]
+    return tl.constexpr("\n".join([*lines, "}"]))
+
+
+#: 2**120 and 2**8.
+E4M3_BF16 = _e4m3_asm("bf16", 4, 0x7B80)
+E4M3_FP16 = _e4m3_asm("f16", 1, 0x5C00)
 E4M3_CONSTRAINTS = tl.constexpr("=r,=r,r")
+E4M3_FACTOR = tl.constexpr(2.0**120)
 
 
 @triton.jit
@@ -84,11 +97,8 @@ def read_values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.co
     # No early returns: Triton also compiles what follows them.
     if codec.kind == PLAIN:
         values = _bytes(pointer_of(lines, WEIGHT, x.dtype.element_ty), step, rows, is_output, codec)
-    elif codec.kind == FP8 and DOT.is_bf16():
-        codes = _bytes(pointer_of(lines, WEIGHT, tl.uint8), step, rows, is_output, codec)
-        values = tl.inline_asm_elementwise(E4M3_BF16, E4M3_CONSTRAINTS, [codes], tl.bfloat16, is_pure=True, pack=4)
     elif codec.kind == FP8:
-        values = _bytes(pointer_of(lines, WEIGHT, tl.float8e4nv), step, rows, is_output, codec)
+        values = _e4m3(_bytes(pointer_of(lines, WEIGHT, tl.uint8), step, rows, is_output, codec), DOT)
     elif codec.kind == INT8:
         values = _bytes(pointer_of(lines, WEIGHT, tl.int8), step, rows, is_output, codec)
     elif codec.kind == E2M1:
@@ -100,6 +110,20 @@ def read_values(x, lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.co
             codes = _words(lines, step, rows, is_output, codec)
         values = _value(codes, codec)
     return values.to(DOT)
+
+
+@triton.jit
+def _e4m3(codes, DOT: tl.constexpr):
+    """The values of e4m3 codes; those that are no number have been refused."""
+    if DOT.is_bf16():
+        values = tl.inline_asm_elementwise(E4M3_BF16, E4M3_CONSTRAINTS, [codes], tl.bfloat16, is_pure=True, pack=4)
+    elif DOT.is_fp16():
+        values = tl.inline_asm_elementwise(E4M3_FP16, E4M3_CONSTRAINTS, [codes], tl.float16, is_pure=True, pack=4)
+    else:
+        bits = codes.to(tl.int32)
+        bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        values = bits.to(tl.float32, bitcast=True) * E4M3_FACTOR
+    return values
 
 
 @triton.jit
@@ -205,7 +229,7 @@ def read_scale(lines, group, rows, is_output, codec: tl.constexpr):
     elif codec.scale == "bfloat16":
         scale = tl.load(pointer_of(lines, SCALE, tl.bfloat16) + place, is_output, 1.0).to(tl.float32)
     elif codec.scale == "float8_e4m3fn":
-        scale = tl.load(pointer_of(lines, SCALE, tl.float8e4nv) + place, is_output, 1.0).to(tl.float32)
+        scale = _e4m3(tl.load(pointer_of(lines, SCALE, tl.uint8) + place, is_output, 0), tl.float32)
     else:  # float8_e8m0fnu: an exponent, whose least is half of the least normal number
         exponent = tl.load(pointer_of(lines, SCALE, tl.uint8) + place, is_output, 127).to(tl.int32)
         bits = tl.where(exponent == 0, 1 << 22, exponent << 23)

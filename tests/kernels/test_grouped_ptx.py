@@ -1,0 +1,76 @@
+"""The grouped kernels' own PTX on every code there is: Triton's interpreter, which other tests use, cannot run it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_mixed.kernels.grouped import decode
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def run(text: str, inputs: dict[str, int], outputs: int) -> list[int]:
+    """Registers $0, $1, ... after these lines. Knows only the instructions that the kernels use."""
+    registers = dict(inputs)
+
+    def value(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for line in text.strip("{}\n ").splitlines():
+        if line.startswith(".reg"):
+            continue
+        name, rest = line.rstrip(";").split(" ", 1)
+        target, *operands = (operand.strip() for operand in rest.split(","))
+        values = [value(operand) for operand in operands]
+        registers[target] = execute(name, values)
+    return [registers[f"${number}"] for number in range(outputs)]
+
+
+def execute(name: str, values: list[int]) -> int:
+    if name == "mov.b32":
+        return values[0]
+    if name == "shr.u32":
+        return values[0] >> values[1]
+    if name == "and.b32":
+        return values[0] & values[1]
+    if name == "prmt.b32":
+        octets = (values[0] | values[1] << 32).to_bytes(8, "little")
+        return int.from_bytes(bytes(octets[values[2] >> 4 * place & 7] for place in range(4)), "little")
+    if name == "lop3.b32":
+        a, b, c, table = values
+        return sum((table >> (4 * (a >> n & 1) + 2 * (b >> n & 1) + (c >> n & 1)) & 1) << n for n in range(32))
+    kind = re.fullmatch(r"fma\.rn\.(bf16|f16)x2", name)
+    assert kind, name
+    pairs = (np.array([one], np.uint32).view(np.int16) for one in values)
+    x, y, z = (torch.from_numpy(pair.copy()).view(DTYPES[kind[1]]).double() for pair in pairs)
+    return int((x * y + z).to(DTYPES[kind[1]]).view(torch.int16).numpy().view(np.uint32)[0])
+
+
+def halves(register: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(np.array([register], np.uint32).view(np.int16).copy()).view(dtype)
+
+
+@pytest.mark.parametrize(("text", "dtype"), [("E4M3_BF16", torch.bfloat16), ("E4M3_FP16", torch.float16)])
+def test_every_e4m3_code_that_is_a_number_becomes_it(text: str, dtype: torch.dtype) -> None:
+    numbers = [code for code in range(256) if code & 0x7F != 0x7F]
+    for first in range(0, len(numbers), 4):
+        codes = [*numbers[first : first + 4], 0, 0][:4]
+        low, high = run(getattr(decode, text).value, {"$2": int.from_bytes(bytes(codes), "little")}, 2)
+        found = torch.cat([halves(low, dtype), halves(high, dtype)]).double()
+        expected = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        assert torch.equal(found, expected)
+        assert torch.equal(found.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize(("text", "dtype"), [("FIELDS_BF16", torch.bfloat16), ("FIELDS_FP16", torch.float16)])
+def test_every_field_of_two_words_becomes_its_code_less_the_middle(text: str, dtype: torch.dtype) -> None:
+    for turn in range(16):
+        codes = np.array([[(turn + 3 * field + 7 * word) % 16 for field in range(8)] for word in range(2)])
+        words = [sum(int(code) << 4 * field for field, code in enumerate(row)) for row in codes]
+        found = run(getattr(decode, text).value, {"$8": words[0], "$9": words[1]}, 8)
+        values = torch.stack([halves(register, dtype) for register in found]).double()
+        assert torch.equal(values, torch.from_numpy(codes.T - 8).double())
