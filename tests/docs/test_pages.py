@@ -70,7 +70,7 @@ def test_the_public_names_are_in_the_api_page() -> None:
     assert [name for name in sglang_mixed.__all__ if not re.search(rf"[.`]{name}\b", text)] == []
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, "README.zh-CN.md"])
 def test_every_relative_link_exists(name: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
     for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
