@@ -172,7 +172,8 @@ def _pieces(entry: Entry, ranges: Ranges | None, destination: torch.Tensor) -> I
     if destination.numel() == 0:
         return
     depth = _depth(entry, ranges)
-    pieces = destination.unsqueeze(0) if depth <= 0 else destination.view(-1, *destination.shape[depth:])
+    # Few operators of torch's: each gives Python's lock to another thread.
+    pieces = [destination] if depth <= 0 else destination.view(-1, *destination.shape[depth:])
     for (position, _), piece in zip(_runs(entry, ranges), pieces, strict=True):
         yield position, piece
 

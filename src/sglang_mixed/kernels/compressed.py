@@ -105,11 +105,11 @@ class CompressedWeight:
         if slot is None:
             self._pending[part][local] = tensor
         else:
-            place = self._place(slot)
+            whole = self._whole[slot.whole]
             if slot.convert:
-                slot.convert(tensor, self.formats[part], populate(place))
-            elif place.data_ptr() != tensor.data_ptr():
-                place.copy_(tensor)
+                slot.convert(tensor, self.formats[part], populate(self._place(slot)))
+            elif tensor.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                self._place(slot).copy_(tensor)
         with self._completing:
             self._missing.remove((part, local))
             is_last = not self._missing
