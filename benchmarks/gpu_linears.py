@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from gpu_experts import seconds  # noqa: E402
 from measure import report  # noqa: E402
 from synthetic import REAL_SIZES, write, write_map  # noqa: E402
 from tests.engine.gpu_model import start_sglang  # noqa: E402
@@ -54,22 +55,19 @@ KERNELS = {"Marlin": "needed", "ours": "faster"}
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-def products(plan: RankPlan, names: tuple[str, ...], number: int) -> list[Product]:
-    """One layer's after another, as they are served."""
-    found: list[Product] = []
-    for layer in range(number):
-        parts = [plan.plan.modules[f"model.layers.{layer}.self_attn.{name}"] for name in names]
-        rows, columns = [part.format.shape[0] for part in parts], parts[0].format.shape[1]
-        method, module = SplitLinear(parts), torch.nn.Module()
+def product(plan: RankPlan, layer: int, names: tuple[str, ...]) -> Product:
+    """A layer's, as it is served."""
+    parts = [plan.plan.modules[f"model.layers.{layer}.self_attn.{name}"] for name in names]
+    rows, columns = [part.format.shape[0] for part in parts], parts[0].format.shape[1]
+    method, module = SplitLinear(parts), torch.nn.Module()
 
-        def build(method: SplitLinear = method, module: torch.nn.Module = module, rows: list[int] = rows) -> None:
-            with torch.device("cuda"):
-                method.create_weights(module, columns, rows, columns, sum(rows), torch.bfloat16)  # noqa: B023
+    def build() -> None:
+        with torch.device("cuda"):
+            method.create_weights(module, columns, rows, columns, sum(rows), torch.bfloat16)
 
-        fill(plan, build)
-        method.process_weights_after_loading(module)
-        found.append(lambda x, method=method, module=module: method.apply(module, x))  # type: ignore[misc]
-    return found
+    fill(plan, build)
+    method.process_weights_after_loading(module)
+    return lambda x: method.apply(module, x)
 
 
 def captured(run: list[Product], x: torch.Tensor, held: torch.Tensor) -> Callable[[], None]:
@@ -90,12 +88,7 @@ def microseconds(replays: dict[str, Callable[[], None]], number: int) -> dict[st
     found: dict[str, list[float]] = {key: [] for key in replays}
     for _ in range(REPEATS):
         for key, replay in replays.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            replay()
-            end.record()
-            torch.cuda.synchronize()
-            found[key].append(begin.elapsed_time(end) * 1e3 / number)
+            found[key].append(seconds(replay) * 1e6 / number)
     medians = {key: statistics.median(times[2:]) for key, times in found.items()}
     return {key: time - medians["copy"] for key, time in medians.items() if key != "copy"}
 
@@ -113,11 +106,11 @@ def main() -> int:
         start_sglang(ServerArgs(model_path=str(sources["Qwen3-32B"]), **arguments), "nccl")
         for model, (_, number) in MODELS.items():
             plan = make_plan(write_map(folder / "map.yaml", {}, int4=sources[model])).rank()
-            for layer, names in LAYERS.items():
+            for kind, names in LAYERS.items():
                 runs: dict[str, list[Product]] = {}
                 for kernel, wish in KERNELS.items():
                     os.environ[TRITON] = wish
-                    runs[kernel] = products(plan, names, number)
+                    runs[kernel] = [product(plan, layer, names) for layer in range(number)]
                 first = plan.plan.modules[f"model.layers.0.self_attn.{names[0]}"].format.shape
                 shape = (runs["ours"][0](torch.zeros(1, first[1], device="cuda").bfloat16()).shape[1], first[1])
                 weights = [torch.randn(shape, device="cuda").bfloat16() for _ in range(number)]
@@ -128,10 +121,10 @@ def main() -> int:
                     held = torch.empty_like(x)
                     times = microseconds({key: captured(run, x, held) for key, run in runs.items()}, number)
                     told = {key: round(time, 2) for key, time in times.items()}
-                    print(json.dumps({"layer": f"{layer} of {model}", "rows": rows, **told}), flush=True)
+                    print(json.dumps({"layer": f"{kind} of {model}", "rows": rows, **told}), flush=True)
                     baseline = f"Marlin, {times['Marlin']:.1f} us"
                     ratio = times["ours"] / times["Marlin"]
-                    ok &= report(f"{layer} of {model}, {rows} rows", ratio, "x", baseline, BAR)
+                    ok &= report(f"{kind} of {model}, {rows} rows", ratio, "x", baseline, BAR)
     torch.distributed.destroy_process_group()
     return 0 if ok else 1
 

@@ -33,6 +33,7 @@ from .expert_kernels import KERNELS, ExpertFormats, ExpertKernel, unit
 from .moe import ExpertModules, check_experts
 
 REMEDY = "map these experts to a source in another format, or serve on the CPU"
+ONE_LAUNCH = "one launch for all formats of a layer"
 #: What runs a group.
 Kind = Callable[[Sequence[ExpertModules], list[int], torch.dtype], "ExpertGroup | DecodedExperts"]
 
@@ -159,14 +160,14 @@ def share_out(experts: Sequence[ExpertModules]) -> list[tuple[Kind, list[int]]]:
     groups, parts = group_experts(experts), state.current_loading().plan.parts
     # SGLang's kernels of compressed formats add no biases.
     biased = any(module.bias for expert in experts for module in expert)
-    is_mix = wishes() != "needed" and len(groups) > 1
+    mixes = ONE_LAUNCH if wishes() != "needed" and len(groups) > 1 else None
     found: list[tuple[Kind, list[int]]] = []
     rest: list[int] = []
     for members in groups:
         alike = [experts[member] for member in members]
-        is_wished = is_mix or decoded.why_wished([parts[module.name].format for module in alike[0]])
-        if biased or choose_kernel(alike) is None or (is_wished and is_decoded(alike)):
-            check_decoded(alike, is_wished if isinstance(is_wished, str) else "one launch for all formats of a layer")
+        wish = mixes or decoded.why_wished([parts[module.name].format for module in alike[0]])
+        if biased or choose_kernel(alike) is None or (wish and is_decoded(alike)):
+            check_decoded(alike, wish or ONE_LAUNCH)
             rest += members
         else:
             found.append((ExpertGroup, members))
