@@ -72,10 +72,10 @@ MIXES = {
 #: All that is launched.
 KERNELS = {
     passes: ("sort_pairs", "gate_up", "down", "sum_slots", "linear"),
-    parts: ("gate_up_parts", "activate_parts", "down_parts", "sum_parts", "linear_parts", "sum_rows"),
+    parts: ("gate_up_parts", "down_parts", "linear_parts"),
 }
 #: Those that do not depend on formats.
-COMMON = ("sort_pairs", "sum_slots", "sum_parts", "sum_rows")
+COMMON = ("sort_pairs", "sum_slots")
 
 
 class Absent:

@@ -31,9 +31,10 @@ def nmse(found: torch.Tensor, expected: Matrix) -> tuple[float, float]:
 
 
 class Guards:
-    """Every tensor that a kernel writes lies between guards, and begins as garbage."""
+    """Every tensor that a kernel writes lies between guards, and begins as garbage; counts of parts end as zeros."""
 
     guards: list[torch.Tensor]
+    _arrived: torch.Tensor
 
     def empty(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         size = int(np.prod(shape)) * (dtype or like.dtype).itemsize
@@ -43,7 +44,7 @@ class Guards:
         return room[VALUES : VALUES + size].view(dtype or like.dtype).view(shape)
 
     def are_whole(self) -> bool:
-        return all(bool((guard == GUARD).all()) for guard in self.guards)
+        return not self._arrived.any() and all(bool((guard == GUARD).all()) for guard in self.guards)
 
 
 class GuardedLinear(Guards, DecodedLinear):
@@ -56,8 +57,8 @@ class GuardedLinear(Guards, DecodedLinear):
 class GuardedExperts(Guards, GroupedExperts):
     parts: tuple[int, int] | None = None
 
-    def cuts(self) -> tuple[Cut, Cut]:
-        first, second = super().cuts()
+    def cuts(self, pairs: int) -> tuple[Cut, Cut]:
+        first, second = super().cuts(pairs)
         if self.parts is None:
             return first, second
         return first._replace(parts=self.parts[0]), second._replace(parts=self.parts[1])

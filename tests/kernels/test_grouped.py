@@ -184,7 +184,7 @@ def test_a_layer_in_bf16_is_as_exact_as_the_interpreter_rounds(layers: Any) -> N
 @pytest.mark.parametrize("columns", [64, 768, 2048, 2880, 14336])
 def test_few_products_are_cut_into_parts_of_steps_and_many_are_not(columns: int) -> None:
     steps = -(-columns // LARGEST_STEP)
-    for own in launch.cut_experts(columns, columns):
+    for own in (*launch.cut_experts(columns, columns, 8), *launch.cut_experts(columns, columns, 32)):
         assert 1 <= own.parts <= min(steps, launch.MOST_PARTS)
     few, many = (launch.cut_linear(1, columns, outputs).parts for outputs in (64, 1 << 16))
     assert few == -(-steps // launch.LINEAR[8].steps) and many == 1

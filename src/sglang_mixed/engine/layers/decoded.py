@@ -122,7 +122,7 @@ class ExpertBiases(FileTensors):
             begin, end = loading.plan.parts[experts[0][role].name].wanted.rows
             parameter = torch.nn.Parameter(torch.zeros(len(experts), end - begin, dtype=dtype), requires_grad=False)
             self.register_parameter(name, parameter)
-            whole = Whole(loading.transfer, len(experts))
+            whole = Whole(loading.transfer)
             for number, module in enumerate(expert[role] for expert in experts):
                 assert module.bias is not None
                 full = join(module.name, "bias")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...checkpoint import join
-from ...errors import InconsistentFormatError
+from ...errors import InconsistentFormatError, LedgerError
 from ...formats import ModuleFormat, tensor_specs
 from ...formats.base import TORCH_DTYPES, Shape
 from ...formats.fusion import out_axis
@@ -69,18 +69,37 @@ class StockTensor:
 
 
 class Whole:
-    """The file tensors that one parameter is made of, and how many of its parts have not arrived."""
+    """The file tensors that one parameter is made of: each has its place to itself, so it is complete with its arrival.
 
-    def __init__(self, transfer: Transfer, missing: int) -> None:
-        self._transfer, self._missing = transfer, missing
-        self._tensors: dict[str, StockTensor] = {}
+    One that went elsewhere as well would have filled more bytes than its own, which the ledger refuses.
+    """
 
-    def arrive(self, name: str, tensor: StockTensor, parts: int = 1) -> None:
-        """A tensor did, which fills so many; after the last one nothing writes to the parameter any longer."""
-        self._tensors[name] = tensor
-        self._missing -= parts
-        if not self._missing:
-            self._transfer.complete([(name, tensor.restore()) for name, tensor in self._tensors.items()])
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        #: Numbers that places begin with, such as an expert's -> tensors there, and the slices that follow.
+        self._places: dict[Index, list[tuple[str, Index]]] = {}
+
+    def arrive(self, name: str, tensor: StockTensor) -> None:
+        """A tensor has been copied to its place, or will be. Raises LedgerError if another was before."""
+        first = next((dim for dim, one in enumerate(tensor.index) if isinstance(one, slice)), len(tensor.index))
+        others, own = self._places.setdefault(tensor.index[:first], []), tensor.index[first:]
+        for other, place in others:
+            if all(map(_meet, own, place)):
+                raise LedgerError(
+                    f"{other} and {name} have one place in the model",
+                    tensor=name,
+                    rule="a weight fills every byte of its place, and no other",
+                )
+        others.append((name, own))
+        self._transfer.complete([(name, tensor.restore())])
+
+
+def _meet(one: int | slice, other: int | slice) -> bool:
+    """Whether two slices of one dimension have anything in common."""
+    assert isinstance(one, slice) and isinstance(other, slice)
+    if one == slice(None) or other == slice(None):
+        return True
+    return bool(one.start < other.stop and other.start < one.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +158,7 @@ class FileTensors(torch.nn.Module):
             dtype = file_dtype(matrices[0][0].format, local, plain_dtype)
             parameter = torch.nn.Parameter(torch.zeros(len(matrices), *shape, dtype=dtype), requires_grad=False)
             self.register_parameter(local, parameter)
-            whole = Whole(state.current_loading().transfer, sum(map(len, matrices)))
+            whole = Whole(state.current_loading().transfer)
             for number, parts in enumerate(matrices):
                 for module, room, offset in zip(parts, rooms, offsets, strict=True):
                     self._expect(whole, module, local, room, parameter, (number, *offset))

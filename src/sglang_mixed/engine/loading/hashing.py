@@ -1,7 +1,4 @@
-"""SHA-256 of tensors on the GPU, by threads beside the one that loads.
-
-A parameter is hashed as soon as nothing writes to it, while others are read.
-"""
+"""SHA-256 of tensors on the GPU, by threads beside the one that loads, while others are read."""
 
 from __future__ import annotations
 
@@ -32,21 +29,24 @@ class Hasher:
     def __init__(self, slabs: Sequence[Slab], device: int) -> None:
         self._free, self._limit = deque(slabs), len(slabs[0])
         self._threads = ThreadPoolExecutor(len(slabs), "weight-hasher", torch.cuda.set_device, (device,))
-        self._waiting: deque[list[Named]] = deque()
+        self._waiting: deque[Named] = deque()
         self._jobs: deque[Job] = deque()
         self._found: dict[str, str] = {}
         self._copies = Copies()
 
     def add(self, tensors: Iterable[Named]) -> None:
         """Nothing will write to these tensors once the copies have arrived that have begun."""
-        self._waiting.extend(together(tensors, self._limit, lambda named: named[1].nbytes))
+        self._waiting.extend(tensors)
 
     def begin(self) -> None:
         """As much as there are slabs for."""
         while self._jobs and self._jobs[0].digests.done():
             self._end_first()
         while self._waiting and self._free:
-            self._begin(self._free.popleft(), self._waiting.popleft())
+            batch = next(together(self._waiting, self._limit, lambda named: named[1].nbytes))
+            for _ in batch:
+                self._waiting.popleft()
+            self._begin(self._free.popleft(), batch)
 
     def finish(self) -> dict[str, str]:
         """Name -> SHA-256 of the tensor's bytes in row-major order, as hexadecimal; of all that were added."""

@@ -103,7 +103,7 @@ class StockParameters:
 
     def _wrap(self, module: torch.nn.Module, parameter: torch.nn.Parameter, lines: list[Line]) -> None:
         original = getattr(parameter, "weight_loader", default_weight_loader)
-        whole = Whole(self._transfer, len(lines))
+        whole = Whole(self._transfer)
 
         def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             shard = kwargs.get("shard_id", args[0] if args and "expert_id" not in kwargs else None)
@@ -119,7 +119,7 @@ class StockParameters:
             with Written(param) as written:
                 result = original(param, loaded_weight, *args, **kwargs)
             self._ledger.arrive(written.nbytes, *filled)
-            whole.arrive(name, self.tensors[name], len(filled))
+            whole.arrive(name, self.tensors[name])
             return result
 
         # SGLang's typed parameters have a read-only property of that name.

@@ -75,7 +75,7 @@ class Transfer:
         place.copy_(tensor)
 
     def complete(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """All that a parameter is made of: nothing else will be copied to it."""
+        """Nothing will be copied to these tensors but what has been."""
 
     def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, str]:
         """Name -> SHA-256 of the tensor's bytes in row-major order, as hexadecimal."""

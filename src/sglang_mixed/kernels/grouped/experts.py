@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 
 from . import launch, parts, passes
-from .launch import Cut, tiles_for_experts
+from .launch import Cut, ceil_div, next_power_of_2, tiles_for_experts
 from .table import Weight, codecs_of, line, table
 
 #: Sums over top-k are in float32: tokens are taken in turns, which bounds their memory.
 TOKENS_AT_ONCE = 4096
 SORTED_AT_ONCE = 1024
-#: Pairs of tokens and slots up to which each has programs of its own: their experts are hardly ever the same.
-FEW_PAIRS = 32
 
 
 class ExpertWeights(NamedTuple):
@@ -57,7 +54,10 @@ class GroupedExperts:
         self.down_codecs = codecs_of(expert.down for expert in experts)
         sides = (self.gate_up_codecs, self.gate_up_codecs, self.down_codecs)
         lines = [line(weight, side) for expert in experts for weight, side in zip(expert, sides, strict=True)]
-        self._table = table(lines, experts[0].gate.tensors["weight"].device)
+        device = experts[0].gate.tensors["weight"].device
+        self._table = table(lines, device)
+        #: Parts of each sum that have been written; see `parts.is_last`.
+        self._arrived = torch.zeros(launch.most_sums(hidden, intermediate), dtype=torch.int32, device=device)
         # Sorted columns meet x in an order of their own.
         self.are_alike = all(one.gate.codec == one.up.codec and not one.gate.codec.is_ordered for one in experts)
         self.has_bias = any(weight.bias is not None for expert in experts for weight in expert)
@@ -78,38 +78,30 @@ class GroupedExperts:
         return like.new_empty(shape, dtype=dtype)
 
     def _run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
-        is_few = ids.numel() <= min(FEW_PAIRS, 16 * len(self._experts))
+        is_few = ids.numel() <= min(launch.FEW_PAIRS, 16 * len(self._experts))
         (self._run_in_parts if is_few else self._run_whole)(x, weights, ids, output)
 
-    def cuts(self) -> tuple[Cut, Cut]:
+    def cuts(self, pairs: int) -> tuple[Cut, Cut]:
         """How gate and up, and down, are cut along their columns for few pairs."""
-        return launch.cut_experts(self.hidden, self.intermediate)
+        return launch.cut_experts(self.hidden, self.intermediate, pairs)
 
     def _run_in_parts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
-        first, second = self.cuts()
-        (tokens, top_k), num_pairs, experts = ids.shape, ids.numel(), ids.flatten().to(torch.int32)
-        sizes, overlap = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate}, launch.overlap(x)
+        top_k, num_pairs, experts = ids.shape[1], ids.numel(), ids.flatten().to(torch.int32)
+        first, second = self.cuts(num_pairs)
+        common = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate, "TOP_K": top_k, "HAS_BIAS": self.has_bias}
+        common |= launch.overlap(x)
+        hidden = self.empty(num_pairs, self.intermediate, like=x)
         sums = self.empty(first.parts, num_pairs, 2, self.intermediate, like=x, dtype=torch.float32)
         parts.gate_up_parts[first.grid_of_pairs(self.intermediate, num_pairs, 2)](
-            x, sums, self._table, experts,
-            TOP_K=top_k, CODECS=self.gate_up_codecs, PARTS=first.parts, **sizes, **overlap,
+            x, sums, self._arrived, hidden, self._table, experts, self._activation.alpha, self._activation.limit,
+            CODECS=self.gate_up_codecs, ACTIVATION=self._activation.name, PARTS=first.parts, **common,
             **launch.options(first.tiles, x),
         )  # fmt: skip
-        columns, hidden = launch.SUMMED_AT_ONCE, self.empty(num_pairs, self.intermediate, like=x)
-        parts.activate_parts[(num_pairs, triton.cdiv(self.intermediate, columns))](
-            sums, hidden, self._table, experts, self._activation.alpha, self._activation.limit,
-            INTERMEDIATE=self.intermediate, ACTIVATION=self._activation.name, PARTS=first.parts,
-            HAS_BIAS=self.has_bias, BLOCK=columns, **overlap,
-        )  # fmt: skip
-        products = self.empty(second.parts, num_pairs, self.hidden, like=x, dtype=torch.float32)
+        sums = self.empty(second.parts, num_pairs, self.hidden, like=x, dtype=torch.float32)
         parts.down_parts[second.grid_of_pairs(self.hidden, num_pairs)](
-            hidden, products, self._table, experts,
-            CODECS=self.down_codecs, PARTS=second.parts, **sizes, **overlap, **launch.options(second.tiles, x),
-        )  # fmt: skip
-        parts.sum_parts[(tokens, triton.cdiv(self.hidden, columns))](
-            products, ids, weights, self._table, output, self._factor,
-            HIDDEN=self.hidden, TOP_K=top_k, PARTS=second.parts, HAS_BIAS=self.has_bias,
-            SLOTS=triton.next_power_of_2(top_k), BLOCK=columns, **overlap,
+            hidden, sums, self._arrived, output, self._table, experts, weights, self._factor,
+            SLOTS=next_power_of_2(top_k), CODECS=self.down_codecs, PARTS=second.parts, **common,
+            **launch.options(second.tiles, x),
         )  # fmt: skip
 
     def _run_whole(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
@@ -121,20 +113,20 @@ class GroupedExperts:
         # A program of as many rows of both gate and up as another has of one.
         half = first._replace(outputs=first.outputs // 2) if self.are_alike else first
         overlap = launch.overlap(x)
-        passes.gate_up[(triton.cdiv(self.intermediate, half.outputs), blocks)](
+        passes.gate_up[(ceil_div(self.intermediate, half.outputs), blocks)](
             x, hidden, self._table, pairs, experts, self._activation.alpha, self._activation.limit,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, TOP_K=top_k, CODECS=self.gate_up_codecs,
             ACTIVATION=self._activation.name, ALIKE=self.are_alike, HAS_BIAS=self.has_bias, **overlap,
             **launch.options(half, x),
         )  # fmt: skip
         sums = self.empty(ids.numel(), self.hidden, like=x, dtype=torch.float32)
-        passes.down[(triton.cdiv(self.hidden, second.outputs), blocks)](
+        passes.down[(ceil_div(self.hidden, second.outputs), blocks)](
             hidden, sums, self._table, pairs, experts, weights,
             HIDDEN=self.hidden, INTERMEDIATE=self.intermediate, CODECS=self.down_codecs,
             HAS_BIAS=self.has_bias, **overlap, **launch.options(second, x),
         )  # fmt: skip
-        columns = min(1024, triton.next_power_of_2(self.hidden))
-        passes.sum_slots[(len(x), triton.cdiv(self.hidden, columns))](
+        columns = min(1024, next_power_of_2(self.hidden))
+        passes.sum_slots[(len(x), ceil_div(self.hidden, columns))](
             sums, ids, output, self._factor, HIDDEN=self.hidden, TOP_K=top_k, BLOCK=columns, **overlap
         )
 
@@ -144,10 +136,10 @@ class GroupedExperts:
         blocks = min(num_pairs, num_pairs // rows + min(number, num_pairs))
         pairs = self.empty(blocks, rows, like=ids, dtype=torch.int32)
         experts = self.empty(blocks, like=ids, dtype=torch.int32)
-        chunk = min(SORTED_AT_ONCE, max(16, triton.next_power_of_2(num_pairs)))
+        chunk = min(SORTED_AT_ONCE, max(16, next_power_of_2(num_pairs)))
         passes.sort_pairs[(number,)](
             ids, pairs, experts, num_pairs, blocks,
-            NUM_EXPERTS=number, BINS=triton.next_power_of_2(number + 1), BLOCK_M=rows, CHUNK=chunk,
+            NUM_EXPERTS=number, BINS=next_power_of_2(number + 1), BLOCK_M=rows, CHUNK=chunk,
             **launch.overlap(ids),
         )  # fmt: skip
         return pairs, experts

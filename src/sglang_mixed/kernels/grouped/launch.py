@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from .codec import LARGEST_STEP, Codec
 
 #: torch's dtype of activations -> Triton's.
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def ceil_div(number: int, size: int) -> int:
+    """Triton's own is made for kernels: on the host it takes microseconds, of which a layer of few tokens has few."""
+    return -(-number // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least from `number` on; see `ceil_div`."""
+    return 1 << (number - 1).bit_length()
 
 
 class Tiles(NamedTuple):
@@ -35,6 +45,13 @@ class Linear(NamedTuple):
     steps: int
 
 
+class OfParts(NamedTuple):
+    """How a product of few rows is cut: its tiles, and a part's least steps."""
+
+    tiles: Tiles
+    steps: int
+
+
 #: Of products with experts' gate and up, outputs of both together, and with down: by the rows of a program, the fastest
 #: on an H200 for FP8, Int4 and a mix of both.
 GATE_UP = {8: Tiles(8, 128, 4, 3), 16: Tiles(16, 128, 4, 3), 64: Tiles(64, 128, 4, 3)}
@@ -45,19 +62,22 @@ OF_MANY_REGISTERS = {8: Tiles(8, 64, 4, 3), 16: Tiles(16, 64, 4, 3), 64: Tiles(6
 PAIRS_OF_PROGRAM = {8: 8, 16: 16}
 #: By rows, and for more of them; on an H200, against Marlin.
 LINEAR = {
-    8: Linear(Tiles(8, 64, 2, 3), 8, 2),
-    16: Linear(Tiles(16, 64, 2, 3), 8, 2),
-    32: Linear(Tiles(32, 64, 4, 4), 4, 2),
-    64: Linear(Tiles(32, 64, 4, 4), 4, 8),
+    8: Linear(Tiles(8, 64, 2, 3), 8, 3),
+    16: Linear(Tiles(16, 64, 2, 3), 5, 4),
+    32: Linear(Tiles(32, 64, 4, 3), 4, 4),
+    64: Linear(Tiles(32, 64, 4, 3), 5, 4),
     128: Linear(Tiles(64, 64, 4, 4), 2, 8),
 }
 LINEAR_OF_MORE_ROWS = Linear(Tiles(64, 128, 8, 3), 2, 4)
 MULTIPROCESSORS = 132
-#: Products of experts that are cut along their columns: gate and up, each by itself; down; the steps of a part of each.
-GATE_UP_PARTS, DOWN_PARTS, EXPERTS_STEPS = Tiles(8, 64, 2, 3), Tiles(8, 32, 2, 3), (4, 3)
+#: Products of experts for few pairs of tokens and slots: gate and up, each by itself; down by the number of pairs. With
+#: more than those each expert's are taken together.
+GATE_UP_PARTS = OfParts(Tiles(8, 64, 2, 3), 4)
+DOWN_PARTS = {16: OfParts(Tiles(8, 64, 2, 3), 3), 32: OfParts(Tiles(8, 32, 2, 3), 6)}
+FEW_PAIRS = max(DOWN_PARTS)
 MOST_PARTS = 8
-#: Outputs of a program that adds parts.
-SUMMED_AT_ONCE = 64
+#: Tiles of a linear that is cut along its columns: with more of them it has programs enough without.
+MOST_SUMS = max(linear.busy for linear in (*LINEAR.values(), LINEAR_OF_MORE_ROWS)) * MULTIPROCESSORS // 2
 #: Whether kernels are launched while the one ahead of them still runs, which hides what a launch takes.
 OVERLAPS = True
 
@@ -70,29 +90,36 @@ class Cut(NamedTuple):
 
     def grid(self, outputs: int, rows: int) -> tuple[int, int, int]:
         """Programs of a product."""
-        return triton.cdiv(outputs, self.tiles.outputs), triton.cdiv(rows, self.tiles.rows), self.parts
+        return ceil_div(outputs, self.tiles.outputs), ceil_div(rows, self.tiles.rows), self.parts
 
     def grid_of_pairs(self, outputs: int, pairs: int, matrices: int = 1) -> tuple[int, int, int]:
         """Programs of products of which each is of one row, and a matrix."""
-        return triton.cdiv(outputs, self.tiles.outputs), pairs, self.parts * matrices
+        return ceil_div(outputs, self.tiles.outputs), pairs, self.parts * matrices
 
 
-def cut_experts(hidden: int, intermediate: int) -> tuple[Cut, Cut]:
+def cut_experts(hidden: int, intermediate: int, pairs: int) -> tuple[Cut, Cut]:
     """The cuts of gate and up, and of down, for few pairs."""
+    down = next(own for most, own in DOWN_PARTS.items() if pairs <= most)
     first, second = (
-        min(MOST_PARTS, triton.cdiv(triton.cdiv(columns, LARGEST_STEP), steps))
-        for columns, steps in zip((hidden, intermediate), EXPERTS_STEPS, strict=True)
+        Cut(own.tiles, min(MOST_PARTS, ceil_div(ceil_div(columns, LARGEST_STEP), own.steps)))
+        for columns, own in ((hidden, GATE_UP_PARTS), (intermediate, down))
     )
-    return Cut(GATE_UP_PARTS, first), Cut(DOWN_PARTS, second)
+    return first, second
+
+
+def most_sums(hidden: int, intermediate: int) -> int:
+    """Tiles of products for few pairs at most: of gate and up a pair has its own, of down a token."""
+    least = min(own.tiles.outputs for own in DOWN_PARTS.values())
+    return FEW_PAIRS * max(ceil_div(intermediate, GATE_UP_PARTS.tiles.outputs), ceil_div(hidden, least))
 
 
 def cut_linear(rows: int, columns: int, outputs: int) -> Cut:
     """The cut of a product of rows and a weight [outputs, columns]: into no more programs than keep a GPU busy."""
     linear = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
-    programs = triton.cdiv(outputs, linear.tiles.outputs) * triton.cdiv(rows, linear.tiles.rows)
-    steps = triton.cdiv(columns, LARGEST_STEP)
-    own = max(linear.steps, triton.cdiv(steps, max(1, linear.busy * MULTIPROCESSORS // programs)))
-    return Cut(linear.tiles, triton.cdiv(steps, own))
+    programs = ceil_div(outputs, linear.tiles.outputs) * ceil_div(rows, linear.tiles.rows)
+    steps = ceil_div(columns, LARGEST_STEP)
+    own = max(linear.steps, ceil_div(steps, max(1, linear.busy * MULTIPROCESSORS // programs)))
+    return Cut(linear.tiles, ceil_div(steps, own))
 
 
 def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], pairs: float) -> tuple[Tiles, Tiles]:
@@ -121,6 +148,11 @@ def options(tiles: Tiles, x: torch.Tensor) -> dict[str, Any]:
 
 def overlap(x: torch.Tensor) -> dict[str, bool]:
     """How kernels of parts are launched; GPUs have programmatic dependent launches from Hopper on."""
-    if OVERLAPS and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+    if OVERLAPS and x.is_cuda and _capability(x.device) >= (9, 0):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from . import launch, parts, passes
 from .launch import Cut, cut_linear
@@ -15,7 +14,10 @@ class DecodedLinear:
 
     def __init__(self, weight: Weight, outputs: int, columns: int) -> None:
         self._weight, self._outputs, self._columns = weight, outputs, columns
-        self._table = table([line(weight, [weight.codec])], weight.tensors["weight"].device)
+        device = weight.tensors["weight"].device
+        self._table = table([line(weight, [weight.codec])], device)
+        #: Parts of each sum that have been written; see `parts.is_last`.
+        self._arrived = torch.zeros(launch.MOST_SUMS, dtype=torch.int32, device=device)
 
     def run(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
@@ -37,18 +39,13 @@ class DecodedLinear:
         return cut_linear(rows, self._columns, self._outputs)
 
     def _run_in_parts(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
-        overlap = launch.overlap(x)
+        grid = own.grid(self._outputs, len(x))
+        assert grid[0] * grid[1] <= len(self._arrived)
         sums = self.empty(own.parts, len(x), self._outputs, like=x, dtype=torch.float32)
-        parts.linear_parts[own.grid(self._outputs, len(x))](
-            x, sums, self._table, len(x),
-            COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), PARTS=own.parts,
-            **overlap, **launch.options(own.tiles, x),
-        )  # fmt: skip
-        columns = launch.SUMMED_AT_ONCE
-        parts.sum_rows[(len(x), triton.cdiv(self._outputs, columns))](
-            sums, x if bias is None else bias, output,
-            OUTPUTS=self._outputs, PARTS=own.parts, HAS_BIAS=bias is not None, BLOCK=columns,
-            **overlap,
+        parts.linear_parts[grid](
+            x, sums, self._arrived, output, x if bias is None else bias, self._table, len(x),
+            COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), HAS_BIAS=bias is not None,
+            PARTS=own.parts, **launch.overlap(x), **launch.options(own.tiles, x),
         )  # fmt: skip
 
     def _run_whole(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
