@@ -1,9 +1,9 @@
-"""Compile the grouped Triton kernels for sm_90 without a GPU and tell what they take of it.
+"""Compile our Triton kernels for sm_90 without a GPU and tell what they take of it.
 
     python benchmarks/kernels.py [--only FORMATS ...] [--target 90] [--write]
 
-Compiled is what `GroupedExperts` and `DecodedLinear` launch, for Qwen3-30B-A3B's experts (768 x 2048). Prints one JSON
-object a kernel and fails where registers spill; `--write` renews `benchmarks/kernels.md`.
+Compiled is what `GroupedExperts` and `DecodedLinear` launch, for Qwen3-30B-A3B's experts (768 x 2048), and what hashes
+for the proof. Prints one JSON object a kernel and fails where registers spill; `--write` renews the Markdown beside it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from sglang_mixed.engine.loading.hashing import leaves_of
 from sglang_mixed.formats import ModuleFormat
 from sglang_mixed.formats.awq import AWQParameters
 from sglang_mixed.formats.fp8 import FP8Parameters
@@ -35,6 +36,7 @@ from sglang_mixed.formats.mxfp4 import MXFP4Parameters
 from sglang_mixed.formats.nvfp4 import NVFP4Parameters
 from sglang_mixed.formats.packed import PackedParameters
 from sglang_mixed.formats.plain import PlainParameters
+from sglang_mixed.kernels import sha256
 from sglang_mixed.kernels.grouped import experts, launch, linear, parts, passes
 from sglang_mixed.kernels.grouped.codec import Codec, codec_of
 from sglang_mixed.kernels.grouped.table import Weight
@@ -73,9 +75,10 @@ MIXES = {
 KERNELS = {
     passes: ("sort_pairs", "gate_up", "down", "sum_slots", "linear"),
     parts: ("gate_up_parts", "down_parts", "linear_parts"),
+    sha256: ("hash_pieces",),
 }
 #: Those that do not depend on formats.
-COMMON = ("sort_pairs", "sum_slots")
+COMMON = ("hash_pieces", "sort_pairs", "sum_slots")
 
 
 class Absent:
@@ -159,6 +162,13 @@ def compile_linear(name: str, rows: int) -> list[tuple[str, int, Any]]:
     return found
 
 
+def compile_hashes() -> list[tuple[str, int, Any]]:
+    """Of the proof."""
+    with compiling() as found:
+        leaves_of([torch.zeros(1)])
+    return found
+
+
 def usage(compiled: Any) -> dict[str, int]:
     """Registers of a thread, bytes that they spill, bytes of shared memory, and loads of 16 bytes past registers."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -184,6 +194,7 @@ def lines(only: list[str]) -> Iterator[dict[str, Any]]:
             continue
         for tokens in TOKENS:
             found = compile_experts(formats, tokens) + (compile_linear(name, tokens) if name in alone else [])
+            found += compile_hashes()
             for kernel, rows, compiled in found:
                 common = kernel in COMMON
                 if common and f"{kernel} {rows}" in seen:
@@ -196,7 +207,7 @@ def table(found: list[Mapping[str, Any]]) -> str:
     """Markdown."""
     head = ("kernel", "formats", "rows of a program", "registers", "bytes spilled", "bytes of shared memory")
     text = [
-        "# The grouped Triton kernels on sm_90",
+        "# Our Triton kernels on sm_90",
         "",
         f"`python benchmarks/kernels.py --write`, {datetime.date.today()}, Triton {triton.__version__}.",
         "Compiled without a GPU, not run: what is launched for Qwen3-30B-A3B's experts (768 x 2048, BF16 activations).",

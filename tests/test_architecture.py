@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "sglang_mixed"
 #: Rooms from the bottom up; a room imports itself and what stands below it.
 LEVELS = [
     {"errors"},
-    {"patterns", "yaml_lines", "client", "pages", "progress"},
+    {"patterns", "yaml_lines", "client", "pages", "progress", "digests"},
     {"formats"},
     {"config", "checkpoint", "kernels"},
     {"stream", "plan"},

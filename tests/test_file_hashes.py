@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sglang_mixed.digests import sha256, sha256_tree
 from sglang_mixed.errors import ProofError
 from sglang_mixed.file_hashes import Request, hash_files
-from sglang_mixed.stream import sha256
 
 from .test_stream import open_reads
 
@@ -32,7 +32,7 @@ def test_each_planned_tensor_is_hashed_as_it_stands_in_its_file_and_as_memory_ho
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         held = tensor.bfloat16() if name == cast else tensor
-        assert (found[name].in_file, found[name].as_held) == (sha256(tensor), sha256(held))
+        assert found[name] == (name, sha256(tensor), sha256(held), sha256_tree(held))
     assert found[cast].in_file == hashlib.sha256(tensors[cast].numpy().tobytes()).hexdigest()
 
 
@@ -60,7 +60,8 @@ def test_a_process_that_was_killed_is_one_error(tmp_path: Path) -> None:
     write(tmp_path, 2000)
     answers = hash_files(Request(list(open_reads(tmp_path)), {}))
     next(answers)  # more answers are left than a pipe holds
-    (process,) = (one for one in psutil.Process().children() if "sglang_mixed.file_hashes" in one.cmdline())
+    children = (one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE)
+    (process,) = (one for one in children if "sglang_mixed.file_hashes" in one.cmdline())
     process.kill()
     with pytest.raises(ProofError, match="second time"):
         list(answers)

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint import Entry, Read, pieces, read_entry, read_packed
+from sglang_mixed.digests import sha256
 from sglang_mixed.errors import TruncatedFileError
-from sglang_mixed.stream import FileRead, ReadLog, sha256, stream
+from sglang_mixed.stream import FileRead, ReadLog, stream
 
 
 def _file(folder: Path) -> tuple[dict[str, torch.Tensor], list[FileRead]]:

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 
+from .digests import sha256, sha256_tree
 from .errors import MixedPrecisionError, ProofError
-from .stream import FileRead, ReadLog, sha256, stream
+from .stream import FileRead, ReadLog, stream
 
 READERS = 4
 #: Added to the niceness of the process.
@@ -37,17 +38,20 @@ class Request(NamedTuple):
 
 
 class FileHash(NamedTuple):
-    """SHA-256, as hexadecimal, of a tensor in its file, and of the same values in the dtype that memory holds."""
+    """SHA-256 of a tensor in its file, and of its values in the dtype that memory holds; of those also the tree's."""
 
     name: str
     in_file: str
     as_held: str
+    tree: str | None = None
 
 
-def hash_tensor(name: str, tensor: torch.Tensor, casts: Mapping[str, str]) -> FileHash:
-    """Of a tensor that was read."""
-    in_file, cast = sha256(tensor), casts.get(name)
-    return FileHash(name, in_file, sha256(tensor.to(getattr(torch, cast))) if cast else in_file)
+def hash_tensor(name: str, tensor: torch.Tensor, casts: Mapping[str, str], tree: bool = False) -> FileHash:
+    """Of a tensor that was read; with `tree`, as a GPU hashes what it holds."""
+    cast = casts.get(name)
+    held = tensor.to(getattr(torch, cast)) if cast else tensor
+    in_file = sha256(tensor)
+    return FileHash(name, in_file, sha256(held) if cast else in_file, sha256_tree(held) if tree else None)
 
 
 def hash_files(request: Request) -> Iterator[FileHash]:
@@ -86,7 +90,7 @@ def main() -> None:
     writing = threading.Lock()
 
     def answer(name: str, tensor: torch.Tensor) -> None:
-        found = hash_tensor(name, tensor, request.casts)
+        found = hash_tensor(name, tensor, request.casts, tree=True)
         with writing:
             pickle.dump(tuple(found), sys.stdout.buffer)
             sys.stdout.buffer.flush()

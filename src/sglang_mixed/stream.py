@@ -5,7 +5,6 @@ A memory map is not used: a file that is truncated while it is mapped kills the 
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,9 +106,3 @@ def _read(descriptor: int, path: Path, entries: list[Read], destination: Destina
         if (given := receive(name, tensor)) is not None:
             kept.append((name, given))
     return kept, total
-
-
-def sha256(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes in row-major order, as hexadecimal."""
-    data = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data).hexdigest()

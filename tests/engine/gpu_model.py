@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sglang_mixed.digests import LEAF
 
 if TYPE_CHECKING:
     from .stand_ins import Replace
@@ -81,21 +85,33 @@ class Event:
 
 def replace_device(replace: Replace) -> None:
     """Memory of the host in place of a GPU's, and of what is page-locked; through it `layers.fill` fills layers."""
-    from sglang_mixed.engine.loading import transfer
+    from sglang_mixed.engine.loading import hashing, transfer
 
     from . import layers
 
     for name, value in {
         "Event": Event,
         "current_device": lambda: 0,
-        "device_count": lambda: 1,
         "set_device": lambda number: None,
         "synchronize": lambda: None,
     }.items():
         replace(torch.cuda, name, value)
+    replace(hashing, "leaves_of", leaves_on_cpu)
+    replace(hashing, "prepare", lambda: None)
+    replace(transfer, "prepare", lambda: None)
     for name in ("pinned", "on_device"):
         replace(transfer, name, lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu"))
     replace(layers, "transfer", transfer.PinnedTransfer)
+
+
+def leaves_on_cpu(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In place of the Triton kernel: SHA-256 of every leaf of one tensor after the other, uint8 [leaves, 32]."""
+    found = bytearray()
+    for tensor in tensors:
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for begin in range(0, len(data) or 1, LEAF):
+            found += hashlib.sha256(data[begin : begin + LEAF]).digest()
+    return torch.frombuffer(found, dtype=torch.uint8).view(-1, 32)
 
 
 def start_sglang(arguments: Any, backend: str) -> Any:

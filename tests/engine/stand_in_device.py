@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -11,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_mixed.engine.loading import transfer
+from sglang_mixed.engine.loading import hashing, transfer
 from sglang_mixed.engine.loading.slabs import Slab
+
+from .gpu_model import leaves_on_cpu
 
 
 class StandInDevice:
@@ -41,16 +42,16 @@ class StandInDevice:
 
         for name, value in {
             "current_device": lambda: 3,
-            "device_count": lambda: 1,
             "set_device": lambda number: self.chosen.add((threading.get_ident(), number)),
             "Event": StandInEvent,
             "synchronize": lambda: self.arrive(self._begun),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
         monkeypatch.setattr(transfer, "pinned", self._lend)
         monkeypatch.setattr(transfer, "on_device", lambda shape, dtype: torch.empty(shape, dtype=dtype))
         monkeypatch.setattr(Slab, "has_nan", self._in_order(Slab.has_nan))
+        monkeypatch.setattr(hashing, "leaves_of", self._in_order(leaves_on_cpu))
+        monkeypatch.setattr(transfer, "prepare", lambda: None)
         monkeypatch.setattr(torch, "_foreach_copy_", self._copy_all)
         monkeypatch.setattr(torch.Tensor, "copy_", self._copying())
 

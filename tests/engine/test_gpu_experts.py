@@ -18,6 +18,7 @@ from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
+from sglang_mixed.digests import sha256
 from sglang_mixed.engine.layers.decoded import TRITON
 from sglang_mixed.engine.layers.grouped_moe import MixedMoE
 from sglang_mixed.engine.loading.file_tensors import FileTensors
@@ -25,7 +26,7 @@ from sglang_mixed.engine.loading.transfer import Transfer
 from sglang_mixed.engine.names import expert_modules
 from sglang_mixed.errors import InvalidValueError, LedgerError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
-from sglang_mixed.stream import ReadLog, sha256, stream
+from sglang_mixed.stream import ReadLog, stream
 
 from ..models import write_map
 from .layers import HIDDEN, PREFIX, WRITERS, fill, loading, write_experts

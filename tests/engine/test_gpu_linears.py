@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_mixed.digests import sha256
 from sglang_mixed.engine.layers.split_linear import SplitLinear
 from sglang_mixed.engine.layers.stock_methods import StockMethods
 from sglang_mixed.engine.loading.file_tensors import FileTensors
 from sglang_mixed.errors import UnsupportedError
 from sglang_mixed.plan import Plan, Rank, RankPlan, make_plan
-from sglang_mixed.stream import ReadLog, sha256, stream
+from sglang_mixed.stream import ReadLog, stream
 
 from ..models import write_map
 from .layers import HIDDEN, WRITERS, fill, loading, write_experts

@@ -13,16 +13,17 @@ from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint import Read
 from sglang_mixed.checkpoint.shard import View
+from sglang_mixed.digests import LEAF, sha256_tree
 from sglang_mixed.engine.loading.slabs import ALIGNMENT
-from sglang_mixed.engine.loading.transfer import HASHED, HASHERS, SLAB, SLABS, PinnedTransfer
+from sglang_mixed.engine.loading.transfer import SLAB, SLABS, PinnedTransfer
 from sglang_mixed.errors import TruncatedFileError
 from sglang_mixed.formats.base import TORCH_DTYPES
-from sglang_mixed.stream import FileRead, ReadLog, sha256
+from sglang_mixed.stream import FileRead, ReadLog
 
 from ..test_stream import open_reads
 from .stand_in_device import StandInDevice
 
-BORROWED = SLABS * SLAB + HASHERS * HASHED
+BORROWED = SLABS * SLAB
 
 
 class Places:
@@ -190,13 +191,11 @@ def test_a_file_that_was_cut_names_the_tensor_it_ends_in(device: StandInDevice, 
     assert caught.value.tensor == last.name
 
 
-@pytest.mark.parametrize(
-    "sizes", [[0], [1], [HASHED], [HASHED + 1], [3 * HASHED + 5], [5, HASHED - 5, HASHED, 0, 7, HASHED + 9]]
-)
+@pytest.mark.parametrize("sizes", [[0], [1], [LEAF], [LEAF + 1], [3 * LEAF + 5], [5, LEAF - 5, LEAF, 0, 7, LEAF + 9]])
 def test_hashes_of_tensors_small_and_large_are_those_of_their_bytes(device: StandInDevice, sizes: list[int]) -> None:
     tensors = {str(size): torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes}
     tensors |= {f"float {size}": torch.randn(size // 4) for size in sizes}
-    assert hashes_of(tensors) == {name: sha256(one) for name, one in tensors.items()}
+    assert hashes_of(tensors) == {name: sha256_tree(one) for name, one in tensors.items()}
 
 
 def hashes_of(tensors: dict[str, torch.Tensor]) -> Mapping[str, str]:
@@ -205,15 +204,7 @@ def hashes_of(tensors: dict[str, torch.Tensor]) -> Mapping[str, str]:
     return one.hashes(tensors.items())
 
 
-def test_many_hashes_take_the_slabs_that_there_are(device: StandInDevice) -> None:
-    tensors = of_sizes(*[HASHED // 2] * 100)
-    assert hashes_of(tensors) == {name: sha256(tensor) for name, tensor in tensors.items()}
-    assert device.pinned == BORROWED
-
-
-def test_a_parameter_is_hashed_as_it_is_when_it_is_complete_and_not_again(
-    device: StandInDevice, tmp_path: Path
-) -> None:
+def test_a_tensor_that_is_complete_is_hashed_once(device: StandInDevice, tmp_path: Path) -> None:
     tensors = of_sizes(*[SLAB // 3] * 30, SLAB + 5, 7)
     reads, one = write(tmp_path, **tensors), PinnedTransfer()
     receiver = Places(one, tensors)
@@ -223,12 +214,12 @@ def test_a_parameter_is_hashed_as_it_is_when_it_is_complete_and_not_again(
     receiver.places["t0"].zero_()
     later = {"later": torch.arange(9)}
     assert one.completed == places.keys()
-    assert one.hashes(later.items()) == {name: sha256(tensor) for name, tensor in (places | later).items()}
+    assert one.hashes(later.items()) == {name: sha256_tree(tensor) for name, tensor in (places | later).items()}
 
 
 def test_a_hash_of_columns_is_their_bytes_in_row_major_order(device: StandInDevice) -> None:
-    small, large = torch.randn(64, 48).bfloat16()[:, 8:24], torch.randn(HASHED // 32, 48).bfloat16()[:, 8:28]
-    assert hashes_of({"small": small, "large": large}) == {"small": sha256(small), "large": sha256(large)}
+    small, large = torch.randn(64, 48).bfloat16()[:, 8:24], torch.randn(LEAF, 48).bfloat16()[:, 8:28]
+    assert hashes_of({"small": small, "large": large}) == {"small": sha256_tree(small), "large": sha256_tree(large)}
 
 
 def test_fp8_codes_that_are_no_numbers_are_found_by_looking_at_their_batch_on_the_gpu(
@@ -269,11 +260,11 @@ def test_tensors_of_several_dtypes_arrive_at_places_that_are_rows_columns_or_wid
 
 
 def test_hashes_of_tensors_in_turns_in_their_parameters_are_those_of_their_bytes(device: StandInDevice) -> None:
-    parameters = [torch.randn(5, 64, 48).bfloat16(), torch.randint(-9, 9, (3, HASHED // 512, 128), dtype=torch.int32)]
+    parameters = [torch.randn(5, 64, 48).bfloat16(), torch.randint(-9, 9, (3, LEAF // 512, 128), dtype=torch.int32)]
     tensors = {
         f"{number} {matrix} {begin}": one[matrix, :, begin : begin + 16]
         for number, one in enumerate(parameters)
         for matrix in range(len(one))
         for begin in (0, 16, 32)
     }
-    assert hashes_of(tensors) == {name: sha256(tensor) for name, tensor in tensors.items()}
+    assert hashes_of(tensors) == {name: sha256_tree(tensor) for name, tensor in tensors.items()}

@@ -20,10 +20,10 @@ import torch
 from safetensors import safe_open
 
 from sglang_mixed.checkpoint import Checkpoint, open_checkpoint
+from sglang_mixed.digests import sha256
 from sglang_mixed.errors import ExportError
 from sglang_mixed.export import export
 from sglang_mixed.plan import Plan, make_plan
-from sglang_mixed.stream import sha256
 
 from ..models import Tensors, write, write_map
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from sglang_mixed.checkpoint import Read, open_checkpoint, opened, read_entry
 from sglang_mixed.checkpoint.header import read_header
+from sglang_mixed.digests import sha256
 from sglang_mixed.errors import CheckpointError, InvalidValueError, PatternError
 from sglang_mixed.formats import detect, from_json, get_format, nbytes, tensor_specs, to_json
 from sglang_mixed.formats.base import TORCH_DTYPES, ModuleFormat
@@ -28,7 +29,6 @@ from sglang_mixed.formats.slicing import Region, cut, rebase, tensor_ranges, who
 from sglang_mixed.formats.values import check_values
 from sglang_mixed.patterns import parse_pattern
 from sglang_mixed.plan.fold import fold
-from sglang_mixed.stream import sha256
 
 from ..formats import packers
 from ..models import write

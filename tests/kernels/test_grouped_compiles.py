@@ -24,7 +24,7 @@ def compiled(folder: Path, target: int, *formats: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", [80, 89, 100, 120])
 def test_a_mix_compiles_for_the_gpus_before_and_after_hopper(tmp_path: Path, target: int) -> None:
     lines = compiled(tmp_path, target, "FP8 128x128 + GPTQ int4 g128")
-    assert {line["kernel"] for line in lines} >= {"gate_up", "down", "gate_up_parts", "down_parts"}
+    assert {line["kernel"] for line in lines} >= {"gate_up", "down", "gate_up_parts", "down_parts", "hash_pieces"}
 
 
 def test_what_is_launched_for_a_mix_compiles_and_spills_nothing(tmp_path: Path) -> None:

@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 import torch
+from ptx import run
 
 from sglang_mixed.kernels.grouped import decode
-
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
-
-
-def run(text: str, inputs: dict[str, int], outputs: int) -> list[int]:
-    """Registers $0, $1, ... after these lines. Knows only the instructions that the kernels use."""
-    registers = dict(inputs)
-
-    def value(operand: str) -> int:
-        return registers[operand] if operand in registers else int(operand, 0)
-
-    for line in text.strip("{}\n ").splitlines():
-        if line.startswith(".reg"):
-            continue
-        name, rest = line.rstrip(";").split(" ", 1)
-        target, *operands = (operand.strip() for operand in rest.split(","))
-        values = [value(operand) for operand in operands]
-        registers[target] = execute(name, values)
-    return [registers[f"${number}"] for number in range(outputs)]
-
-
-def execute(name: str, values: list[int]) -> int:
-    if name == "mov.b32":
-        return values[0]
-    if name == "shr.u32":
-        return values[0] >> values[1]
-    if name == "and.b32":
-        return values[0] & values[1]
-    if name == "prmt.b32":
-        octets = (values[0] | values[1] << 32).to_bytes(8, "little")
-        return int.from_bytes(bytes(octets[values[2] >> 4 * place & 7] for place in range(4)), "little")
-    if name == "lop3.b32":
-        a, b, c, table = values
-        return sum((table >> (4 * (a >> n & 1) + 2 * (b >> n & 1) + (c >> n & 1)) & 1) << n for n in range(32))
-    kind = re.fullmatch(r"fma\.rn\.(bf16|f16)x2", name)
-    assert kind, name
-    pairs = (np.array([one], np.uint32).view(np.int16) for one in values)
-    x, y, z = (torch.from_numpy(pair.copy()).view(DTYPES[kind[1]]).double() for pair in pairs)
-    return int((x * y + z).to(DTYPES[kind[1]]).view(torch.int16).numpy().view(np.uint32)[0])
 
 
 def halves(register: int, dtype: torch.dtype) -> torch.Tensor:

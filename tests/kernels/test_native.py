@@ -135,7 +135,8 @@ def test_a_large_value_that_no_weight_meets_leaves_the_others_their_bits(library
     x[0, 7] = 1e2
     for given in ROUNDING:
         y, expected = one.linear(x.to(given)).double(), x.to(given).double() @ reference.t()
-        assert (y - expected).square().mean() <= 1e-5 * expected.square().mean()
+        # 800 times as large as the others: of the two bytes that a value becomes beside INT8 they fill little more than one.
+        assert (y - expected).square().mean() <= 3e-5 * expected.square().mean()
 
 
 def test_rows_that_are_no_numbers_stay_none(library: None) -> None:

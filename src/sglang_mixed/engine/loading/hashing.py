@@ -1,77 +1,78 @@
-"""SHA-256 of tensors on the GPU, by threads beside the one that loads, while others are read."""
+"""SHA-256 trees of tensors on the GPU, by the GPU: nothing of them travels back, and no processor hashes them."""
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from .batches import together
-from .slabs import Copies, Slab, lay_out
+from ...digests import LEAF, num_leaves, root
 
 Named = tuple[str, torch.Tensor]
-
-
-class Job(NamedTuple):
-    """What a slab is used for."""
-
-    slab: Slab
-    names: Sequence[str]
-    digests: Future[list[str]]
+#: A tensor's leaves are hashed side by side: with those of so many bytes the GPU has enough to do.
+AT_ONCE = 64 << 20
+#: Leaves of a program, which is one warp; bytes that the kernel reads at once.
+LANES, WORD = 32, 4
 
 
 class Hasher:
-    """Small tensors in batches, each through a slab, and what is larger in pieces."""
+    """Of many tensors at once, as often as enough of them have arrived."""
 
-    def __init__(self, slabs: Sequence[Slab], device: int) -> None:
-        self._free, self._limit = deque(slabs), len(slabs[0])
-        self._threads = ThreadPoolExecutor(len(slabs), "weight-hasher", torch.cuda.set_device, (device,))
-        self._waiting: deque[Named] = deque()
-        self._jobs: deque[Job] = deque()
-        self._found: dict[str, str] = {}
-        self._copies = Copies()
+    def __init__(self) -> None:
+        self._waiting: list[Named] = []
+        self._begun: list[tuple[str, int]] = []
+        self._leaves: list[torch.Tensor] = []
 
     def add(self, tensors: Iterable[Named]) -> None:
-        """Nothing will write to these tensors once the copies have arrived that have begun."""
-        self._waiting.extend(tensors)
+        """Nothing will write to these tensors but the copies that have begun when they are hashed."""
+        self._waiting += tensors
 
-    def begin(self) -> None:
-        """As much as there are slabs for."""
-        while self._jobs and self._jobs[0].digests.done():
-            self._end_first()
-        while self._waiting and self._free:
-            batch = next(together(self._waiting, self._limit, lambda named: named[1].nbytes))
-            for _ in batch:
-                self._waiting.popleft()
-            self._begin(self._free.popleft(), batch)
+    def begin(self, at_least: int = AT_ONCE) -> None:
+        """Once so many bytes have come, behind the copies that have begun."""
+        if self._waiting and sum(tensor.nbytes for _, tensor in self._waiting) >= at_least:
+            waiting, self._waiting = self._waiting, []
+            self._begun += [(name, num_leaves(tensor.nbytes)) for name, tensor in waiting]
+            self._leaves.append(leaves_of([tensor for _, tensor in waiting]))
 
     def finish(self) -> dict[str, str]:
-        """Name -> SHA-256 of the tensor's bytes in row-major order, as hexadecimal; of all that were added."""
-        self.begin()
-        while self._waiting or self._jobs:
-            self._end_first()
-            self.begin()
-        self._threads.shutdown()
-        return self._found
+        """Name -> root of the tree over the tensor's bytes in row-major order; of all that were added."""
+        self.begin(0)
+        if not self._begun:
+            return {}
+        found = torch.cat(self._leaves).cpu().numpy().tobytes()
+        ends = itertools.accumulate(32 * number for _, number in self._begun)
+        begins = itertools.chain([0], ends)
+        return {
+            name: root(found[begin : begin + 32 * number])
+            for (name, number), begin in zip(self._begun, begins, strict=False)
+        }
 
-    def _begin(self, slab: Slab, batch: Sequence[Named]) -> None:
-        names, parts = zip(*batch, strict=True)
-        sizes = [part.nbytes for part in parts]
-        if sizes[0] > self._limit:
-            job = self._threads.submit(slab.sha256_in_pieces, parts[0])
-        else:
-            places = lay_out(sizes)
-            for place, part in zip(places, parts, strict=True):
-                self._copies.add(slab.on_device(place, part.shape, part.dtype), part)
-            self._copies.begin()
-            slab.fetch(places[-1] + sizes[-1])
-            job = self._threads.submit(slab.sha256_of, places, sizes)
-        self._jobs.append(Job(slab, names, job))
 
-    def _end_first(self) -> None:
-        slab, names, digests = self._jobs.popleft()
-        self._found.update(zip(names, digests.result(), strict=True))
-        self._free.append(slab)
+def prepare() -> None:
+    """Have the kernel compiled."""
+    leaves_of([torch.zeros(1, device="cuda")])
+
+
+def leaves_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """uint8 [leaves, 32] on the GPU: SHA-256 of every `LEAF` bytes of one tensor after the other."""
+    from ...kernels.sha256 import hash_pieces  # Triton is there where a GPU is
+
+    whole = [one if one.is_contiguous() and one.data_ptr() % WORD == 0 else _copy(one) for one in tensors]
+    sizes = np.array([one.nbytes for one in whole])
+    counts = np.array([num_leaves(one.nbytes) for one in whole])
+    begins = LEAF * (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts))
+    pieces = np.empty((len(begins), 2), np.int64)
+    pieces[:, 0] = np.repeat([one.data_ptr() for one in whole], counts) + begins
+    pieces[:, 1] = np.minimum(np.repeat(sizes, counts) - begins, LEAF)
+    digests = torch.empty(len(pieces), 8, dtype=torch.uint32, device=whole[0].device)
+    hash_pieces[(-(-len(pieces) // LANES),)](
+        torch.from_numpy(pieces).to(digests.device, non_blocking=True), digests, len(pieces), LANES=LANES, num_warps=1
+    )
+    return digests.view(torch.uint8)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in row-major order, from a whole word on."""
+    return tensor.clone(memory_format=torch.contiguous_format)

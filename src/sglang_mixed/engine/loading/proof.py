@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ...digests import sha256, sha256_tree
 from ...errors import ProofError
 from ...file_hashes import FileHash, Request, hash_files, hash_tensor
 from ...formats import label_of
@@ -23,7 +24,7 @@ from ...formats.slicing import rebase
 from ...kernels.compressed import CompressedWeight
 from ...memory import rank_memory
 from ...plan import Plan, PlannedModule, RankPlan
-from ...stream import ReadLog, sha256, stream
+from ...stream import ReadLog, stream
 from ..cpu.platform import runs_on_torch_cpu
 from .intake import Bias, Intake
 from .stock import StockParameters
@@ -38,8 +39,9 @@ class Proof:
     def __init__(self, plan: RankPlan, stock: StockParameters, log: ReadLog) -> None:
         self._plan, self._stock, self._log = plan, stock, log
         self._weights: list[CompressedWeight | Bias] = []
+        #: SHA-256 of what memory holds, on a GPU the tree's; and what has been found to equal it.
         self._memory: dict[str, str] = {}
-        self._file: dict[str, str] = {}
+        self._file: dict[str, FileHash] = {}
         self._casts: dict[str, str] = {}
         #: Bytes that the model keeps besides its weights, such as the halves of a latent attention's kv_b_proj.
         self.derived_bytes = 0
@@ -112,13 +114,15 @@ class Proof:
         for local in module.tensors:
             name = f"{module.name}.{local}"
             entry = checkpoint.entries[name]
+            found, memory = self._file.get(name), self._memory.get(name)
             tensors[local] = {
                 "file": str(checkpoint.files[entry.file]),
                 "dtype": entry.dtype,
                 "shape": list(entry.shape),
                 **({"slice": entry.view.text} if entry.view else {}),
-                "sha256": self._file.get(name),
-                "memory_sha256": self._memory.get(name),
+                "sha256": found and found.in_file,
+                "memory_sha256": found and found.as_held,
+                **({} if runs_on_torch_cpu() else {"memory_sha256_tree": memory}),
                 **({"held_as": self._casts[name]} if name in self._casts else {}),
             }
         return {
@@ -142,17 +146,18 @@ class Proof:
         new = {name: tensor for name, tensor in self._stock.tensors.items() if name not in self._memory}
         # The engine may hold another dtype than the file (its own choice, e.g. an FP16 norm in BF16).
         self._casts |= {name: tensor.held_as for name, tensor in new.items() if tensor.is_cast}
-        # None begins a large one when the others have ended.
         rest = [(name, tensor.restore()) for name, tensor in new.items() if name not in transfer.completed]
-        self._memory.update(transfer.hashes(sorted(rest, key=lambda item: -item[1].nbytes)))
+        self._memory.update(transfer.hashes(rest))
 
     def _verify(self) -> Iterator[None]:
         """A weight at a time."""
         if torch.cuda.is_available():
             give_back()
-        self.note_stock(Transfer())
+        if runs_on_torch_cpu():
+            self.note_stock(Transfer())
+        digest = sha256 if runs_on_torch_cpu() else sha256_tree
         for weight in self._weights:
-            self._memory.update((name, sha256(tensor)) for name, tensor in weight.restore().items())
+            self._memory.update((name, digest(tensor)) for name, tensor in weight.restore().items())
             yield
         for found in self._in_files():
             self._compare(found)
@@ -174,7 +179,7 @@ class Proof:
         return rebase(local, tensor, self._plan.plan.modules[module].format, self._plan.parts[module].held)
 
     def _compare(self, stored: FileHash) -> None:
-        found, expected = self._memory.get(stored.name, "nothing"), stored.as_held
+        found, expected = self._memory.get(stored.name, "nothing"), stored.tree or stored.as_held
         if found != expected:
             raise ProofError(
                 "a weight in memory is not what its file holds",
@@ -182,7 +187,7 @@ class Proof:
                 rule=f"SHA-256 in memory: {found[:16]}..., of the file: {expected[:16]}...",
                 remedy="check that the file has not changed, and this host's memory and disk; then restart",
             )
-        self._file[stored.name] = stored.in_file
+        self._file[stored.name] = stored
 
     def _verify_or_end(self) -> None:
         started, main = time.perf_counter(), threading.main_thread()

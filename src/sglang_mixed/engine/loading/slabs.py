@@ -1,8 +1,7 @@
-"""Page-locked memory through which tensors travel to the GPU, and back to be hashed: many by one copy."""
+"""Page-locked memory through which tensors travel to the GPU, many by one copy."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -45,11 +44,6 @@ class Slab:
         self._device[:nbytes].copy_(self._host[:nbytes], non_blocking=True)
         self._copied.record()
 
-    def fetch(self, nbytes: int) -> None:
-        """Begin to copy the first bytes from the GPU."""
-        self._host[:nbytes].copy_(self._device[:nbytes], non_blocking=True)
-        self._copied.record()
-
     def on_host(self, begin: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the host's side."""
         return self._as(dtype)[0].as_strided(shape, _strides(shape), (self._begin + begin) // dtype.itemsize)
@@ -69,23 +63,6 @@ class Slab:
     def has_nan(self, nbytes: int) -> torch.Tensor:
         """On the GPU: whether any of the first bytes, which are e4m3 codes, is no number."""
         return ((self._device[:nbytes] & 0x7F) == 0x7F).any()
-
-    def sha256_of(self, places: Sequence[int], sizes: Sequence[int]) -> list[str]:
-        """Of each part of what was fetched, once it has arrived."""
-        self.wait()
-        parts = (self.memory[begin : begin + size] for begin, size in zip(places, sizes, strict=True))
-        return [hashlib.sha256(part).hexdigest() for part in parts]
-
-    def sha256_in_pieces(self, tensor: torch.Tensor) -> list[str]:
-        """Of a tensor of any size on the GPU."""
-        digest, data = hashlib.sha256(), as_bytes(tensor.detach().contiguous())
-        for begin in range(0, len(data), len(self)):
-            part = data[begin : begin + len(self)]
-            self._host[: len(part)].copy_(part, non_blocking=True)
-            self._copied.record()
-            self.wait()
-            digest.update(self.memory[: len(part)])
-        return [digest.hexdigest()]
 
     def _as(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if dtype not in self._typed:

@@ -1,13 +1,12 @@
-"""How bytes get from files into parameters and, for the proof, back: straight on the host, page-locked with a GPU.
+"""How bytes get from files into parameters, and are hashed there: straight on the host, page-locked with a GPU.
 
 Python's lock is what a load waits for where tensors are small, and every operator of torch's lends it to another
-thread. So with a GPU one thread calls torch, and the others do what needs no lock: they read, and they hash.
+thread. So with a GPU one thread calls torch, and the others do what needs no lock: they read. The GPU hashes.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -18,16 +17,15 @@ from typing import Protocol
 import torch
 
 from ...checkpoint import Piece, Read
+from ...digests import sha256
 from ...formats.base import TORCH_DTYPES
-from ...stream import FileRead, ReadLog, sha256, stream
+from ...stream import FileRead, ReadLog, stream
 from .batches import Batch, batches
-from .hashing import Hasher
+from .hashing import Hasher, prepare
 from .slabs import Copies, Slab, as_bytes
 
 #: Page-locked memory through which all tensors pass, in slabs. To lock a MiB may take a millisecond.
-SLAB, SLABS = 8 << 20, 4
-#: Hashing takes more threads than reading, with less each.
-HASHED, HASHERS = 4 << 20, 10
+SLAB, SLABS = 8 << 20, 6
 #: Bytes of a view of a matrix that gets page-locked memory of its own: what is larger would lock more than it saves.
 PINNED_TO = 64 << 20
 
@@ -78,7 +76,7 @@ class Transfer:
         """Nothing will be copied to these tensors but what has been."""
 
     def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, str]:
-        """Name -> SHA-256 of the tensor's bytes in row-major order, as hexadecimal."""
+        """Name -> SHA-256 of the tensor's bytes in row-major order; by a GPU the root of a tree of them."""
         return {name: sha256(tensor) for name, tensor in tensors}
 
     def close(self) -> None:
@@ -90,12 +88,13 @@ class PinnedTransfer(Transfer):
 
     def __init__(self) -> None:
         self._device = torch.cuda.current_device()
-        # Memory that is page-locked takes its time: a thread asks for it while the model is built.
+        # Memory that is page-locked takes its time, as does a kernel at a first start: a thread asks for them while the
+        # model is built.
         asking = ThreadPoolExecutor(1, "weight-memory", torch.cuda.set_device, (self._device,))
         self._memory = asking.submit(_slabs)
         asking.shutdown(wait=False)
         self._sent: Slab | None = None
-        self._copies = Copies()
+        self._copies, self._hasher = Copies(), Hasher()
         #: What the tensor that comes in pieces is for, and what holds those that have come.
         self._growing: tuple[torch.Tensor, torch.Tensor] | None = None
         #: Batches of e4m3 codes, and whether any of these is no number, which the GPU will know.
@@ -104,8 +103,7 @@ class PinnedTransfer(Transfer):
 
     def stream(self, reads: Sequence[FileRead], log: ReadLog, receiver: Receiver) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of matrices last. What others are given is on the GPU."""
-        self._slabs, for_hashes = self._memory.result()
-        self._hasher = Hasher(for_hashes, self._device)
+        self._slabs = self._memory.result()
         views = _chosen(reads, lambda read: read.entry.view is not None)
         yield from self._stream_pieces(_chosen(reads, lambda read: read.entry.view is None), log, receiver)
         for name, tensor, read in self._stream_views(views, log):
@@ -127,7 +125,7 @@ class PinnedTransfer(Transfer):
             self._copies.add(place, twin)
 
     def complete(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """They are hashed while others are read."""
+        """They are hashed with others."""
         self._hasher.add(tensors)
         self.completed.update(name for name, _ in tensors)
 
@@ -232,16 +230,10 @@ def give_back() -> None:
         empty()
 
 
-def _slabs() -> tuple[list[Slab], list[Slab]]:
-    """For reading, and for hashing."""
-    cores = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
-    hashers = max(2, min(HASHERS, cores))
-    return _split(SLABS, SLAB), _split(hashers, HASHED)
-
-
-def _split(number: int, nbytes: int) -> list[Slab]:
-    shape = (number * nbytes,)
-    return Slab(pinned(shape, torch.uint8), on_device(shape, torch.uint8)).split(number)
+def _slabs() -> list[Slab]:
+    prepare()
+    shape = (SLABS * SLAB,)
+    return Slab(pinned(shape, torch.uint8), on_device(shape, torch.uint8)).split(SLABS)
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

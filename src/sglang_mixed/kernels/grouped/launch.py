@@ -62,13 +62,14 @@ OF_MANY_REGISTERS = {8: Tiles(8, 64, 4, 3), 16: Tiles(16, 64, 4, 3), 64: Tiles(6
 PAIRS_OF_PROGRAM = {8: 8, 16: 16}
 #: By rows, and for more of them; on an H200, against Marlin.
 LINEAR = {
-    8: Linear(Tiles(8, 64, 2, 3), 8, 3),
-    16: Linear(Tiles(16, 64, 2, 3), 5, 4),
+    8: Linear(Tiles(8, 64, 2, 3), 10, 3),
+    16: Linear(Tiles(16, 64, 2, 3), 4, 4),
     32: Linear(Tiles(32, 64, 4, 3), 4, 4),
-    64: Linear(Tiles(32, 64, 4, 3), 5, 4),
-    128: Linear(Tiles(64, 64, 4, 4), 2, 8),
+    64: Linear(Tiles(32, 64, 4, 3), 5, 5),
+    128: Linear(Tiles(64, 64, 4, 3), 4, 16),
+    256: Linear(Tiles(64, 64, 4, 3), 8, 16),
 }
-LINEAR_OF_MORE_ROWS = Linear(Tiles(64, 128, 8, 3), 2, 4)
+LINEAR_OF_MORE_ROWS = Linear(Tiles(64, 64, 4, 3), 2, 16)
 MULTIPROCESSORS = 132
 #: Products of experts for few pairs of tokens and slots: gate and up, each by itself; down by the number of pairs. With
 #: more than those each expert's are taken together.
