@@ -135,7 +135,7 @@ def test_a_large_value_that_no_weight_meets_leaves_the_others_their_bits(library
     x[0, 7] = 1e2
     for given in ROUNDING:
         y, expected = one.linear(x.to(given)).double(), x.to(given).double() @ reference.t()
-        # 800 times as large as the others: of the two bytes that these become beside INT8 they fill little more than one.
+        # 800 times as large as the others, which get little more than one of the two bytes that they become.
         assert (y - expected).square().mean() <= 3e-5 * expected.square().mean()
 
 

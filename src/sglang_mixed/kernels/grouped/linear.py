@@ -6,7 +6,7 @@ import torch
 
 from . import launch, parts, passes
 from .launch import Cut, cut_linear
-from .table import Weight, line, table
+from .table import Weight, line
 
 
 class DecodedLinear:
@@ -15,7 +15,7 @@ class DecodedLinear:
     def __init__(self, weight: Weight, outputs: int, columns: int) -> None:
         self._weight, self._outputs, self._columns = weight, outputs, columns
         device = weight.tensors["weight"].device
-        self._table = table([line(weight, [weight.codec])], device)
+        self._addresses = tuple(line(weight, [weight.codec]))
         #: Parts of each sum that have been written; see `parts.is_last`.
         self._arrived = torch.zeros(launch.MOST_SUMS, dtype=torch.int32, device=device)
 
@@ -43,14 +43,14 @@ class DecodedLinear:
         assert grid[0] * grid[1] <= len(self._arrived)
         sums = self.empty(own.parts, len(x), self._outputs, like=x, dtype=torch.float32)
         parts.linear_parts[grid](
-            x, sums, self._arrived, output, x if bias is None else bias, self._table, len(x),
+            x, sums, self._arrived, output, x if bias is None else bias, self._addresses, len(x),
             COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), HAS_BIAS=bias is not None,
             PARTS=own.parts, **launch.overlap(x), **launch.options(own.tiles, x),
         )  # fmt: skip
 
     def _run_whole(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
         passes.linear[own.grid(self._outputs, len(x))](
-            x, output, x if bias is None else bias, self._table, len(x),
+            x, output, x if bias is None else bias, self._addresses, len(x),
             COLUMNS=self._columns, OUTPUTS=self._outputs, CODECS=(self._weight.codec,), HAS_BIAS=bias is not None,
             **launch.overlap(x), **launch.options(own.tiles, x),
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 from .activation import activate
 from .decode import FIELDS, read_bias
 from .overlap import begin
-from .product import multiply
+from .product import multiply, prefetch
 
 
 @triton.jit
@@ -99,11 +99,13 @@ def down_parts(
     the router's weight, added up and times `factor`; by way of `sums`, those of every part in float32
     [PARTS, pairs, HIDDEN]. SLOTS is a power of two from TOP_K on.
     """
-    begin(OVERLAPS)
     pair, part = tl.program_id(1), tl.program_id(2)
-    expert = tl.load(experts + pair)
+    expert = tl.load(experts + pair)  # known before the kernel ahead began
     is_row = tl.arange(0, BLOCK_M) == 0
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if OVERLAPS and expert >= 0:
+        prefetch(table + (expert * 3 + 2) * FIELDS, outputs, HIDDEN, CODECS, part, PARTS)
+    begin(OVERLAPS)
     if expert >= 0:
         line = table + (expert * 3 + 2) * FIELDS
         found = multiply(
@@ -136,7 +138,7 @@ def linear_parts(
     arrived,
     output,
     bias,
-    table,
+    addresses,
     num_rows,
     COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -148,8 +150,8 @@ def linear_parts(
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS], `table`'s weight and a bias [OUTPUTS], by way of `sums`,
-    those of every part in float32 [PARTS, num_rows, OUTPUTS].
+    """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS], the weight at `addresses`, a line of a table, and a bias
+    [OUTPUTS], by way of `sums`, those of every part in float32 [PARTS, num_rows, OUTPUTS].
     """
     begin(OVERLAPS)
     part = tl.program_id(2)
@@ -157,7 +159,7 @@ def linear_parts(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row, is_output = rows < num_rows, outputs < OUTPUTS
     found = multiply(
-        x, rows, is_row, table, table, outputs, COLUMNS, OUTPUTS, CODECS, DOT, part, PARTS,
+        x, rows, is_row, addresses, addresses, outputs, COLUMNS, OUTPUTS, CODECS, DOT, part, PARTS,
     )  # fmt: skip
     is_there = is_row[:, None] & is_output[None, :]
     place = rows[:, None] * OUTPUTS + outputs[None, :]

@@ -173,7 +173,7 @@ def linear(
     x,
     output,
     bias,
-    table,
+    addresses,
     num_rows,
     COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -184,13 +184,13 @@ def linear(
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS] and the one weight of `table`."""
+    """output [num_rows, OUTPUTS] of x [num_rows, COLUMNS] and the weight at `addresses`, a line of a table."""
     begin(OVERLAPS)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < OUTPUTS
-    found = multiply(x, rows.to(tl.int64), is_row, table, table, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
+    found = multiply(x, rows.to(tl.int64), is_row, addresses, addresses, outputs, COLUMNS, OUTPUTS, CODECS, DOT)
     if HAS_BIAS:
         found += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
     place = output + rows.to(tl.int64)[:, None] * OUTPUTS + outputs[None, :]
