@@ -83,7 +83,8 @@ class GroupedExperts:
 
     def cuts(self, pairs: int) -> tuple[Cut, Cut]:
         """How gate and up, and down, are cut along their columns for few pairs."""
-        return launch.cut_experts(self.hidden, self.intermediate, pairs)
+        codecs = (*self.gate_up_codecs, *self.down_codecs)
+        return launch.cut_experts(self.hidden, self.intermediate, pairs, codecs)
 
     def _run_in_parts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
         top_k, num_pairs, experts = ids.shape[1], ids.numel(), ids.flatten().to(torch.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,11 +98,11 @@ class Cut(NamedTuple):
         return ceil_div(outputs, self.tiles.outputs), pairs, self.parts * matrices
 
 
-def cut_experts(hidden: int, intermediate: int, pairs: int) -> tuple[Cut, Cut]:
+def cut_experts(hidden: int, intermediate: int, pairs: int, codecs: Iterable[Codec]) -> tuple[Cut, Cut]:
     """The cuts of gate and up, and of down, for few pairs."""
     down = next(own for most, own in DOWN_PARTS.items() if pairs <= most)
     first, second = (
-        Cut(own.tiles, min(MOST_PARTS, ceil_div(ceil_div(columns, LARGEST_STEP), own.steps)))
+        Cut(_with_registers(own.tiles, codecs), min(MOST_PARTS, ceil_div(ceil_div(columns, LARGEST_STEP), own.steps)))
         for columns, own in ((hidden, GATE_UP_PARTS), (intermediate, down))
     )
     return first, second
@@ -114,13 +114,20 @@ def most_sums(hidden: int, intermediate: int) -> int:
     return FEW_PAIRS * max(ceil_div(intermediate, GATE_UP_PARTS.tiles.outputs), ceil_div(hidden, least))
 
 
-def cut_linear(rows: int, columns: int, outputs: int) -> Cut:
+def cut_linear(rows: int, columns: int, outputs: int, codec: Codec) -> Cut:
     """The cut of a product of rows and a weight [outputs, columns]: into no more programs than keep a GPU busy."""
     linear = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
     programs = ceil_div(outputs, linear.tiles.outputs) * ceil_div(rows, linear.tiles.rows)
     steps = ceil_div(columns, LARGEST_STEP)
     own = max(linear.steps, ceil_div(steps, max(1, linear.busy * MULTIPROCESSORS // programs)))
-    return Cut(linear.tiles, ceil_div(steps, own))
+    return Cut(_with_registers(linear.tiles, [codec]), ceil_div(steps, own))
+
+
+def _with_registers(tiles: Tiles, codecs: Iterable[Codec]) -> Tiles:
+    """Of few rows, in parts: as many warps as leave a thread registers enough."""
+    if tiles.rows <= 8 and any(codec.takes_registers for codec in codecs):
+        return tiles._replace(warps=4)
+    return tiles
 
 
 def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], pairs: float) -> tuple[Tiles, Tiles]:
