@@ -111,6 +111,7 @@ def compiling() -> Iterator[list[tuple[str, int, Any]]]:
     kernels = [(module, name, getattr(module, name)) for module, names in KERNELS.items() for name in names]
     dot_type = launch.dot_type
     driver.set_active(Absent())  # for good: without a GPU there is none to go back to
+    triton.next_power_of_2 = launch.next_power_of_2  # as SGLang does: kernels can no longer call it
     try:
         for module, name, kernel in kernels:
             setattr(module, name, Compiled(kernel, found))

@@ -29,9 +29,6 @@ GROUPS = tl.constexpr(6)
 BIAS = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 
-#: Of a line of the cache. (Inline PTX has to come to something.)
-PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
-
 #: 2**23 in float32, and its bits: the mantissa's lowest bits count ones.
 MAGIC = tl.constexpr(8388608)
 MAGIC_BITS = tl.constexpr(0x4B000000)
@@ -272,21 +269,3 @@ def pointer_of(lines, FIELD: tl.constexpr, TYPE: tl.constexpr):
     """Addresses of a field of each line, or of one, which may be given as a tuple: nothing is waited for then."""
     address = tl.load(lines + FIELD) if isinstance(lines, tl.tensor) else lines[FIELD]
     return tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(TYPE)), 16)
-
-
-@triton.jit
-def prefetch_values(line, first, NUMBER: tl.constexpr, rows, is_output, codec: tl.constexpr):
-    """Have NUMBER steps of values brought to the GPU's cache, unless they lie in planes."""
-    steps = first + tl.arange(0, triton.next_power_of_2(NUMBER))[:, None]
-    is_there = (steps < tl.minimum(first + NUMBER, codec.width // codec.step)) & is_output[None, :]
-    if codec.is_sliced:
-        _prefetch(pointer_of(line, WEIGHT, tl.int32), (steps * codec.rows + rows[None, :]) * SLICE, is_there)
-    elif not codec.has_words:
-        place = rows.to(tl.int64)[None, :] * codec.stored_columns + steps * codec.step
-        _prefetch(pointer_of(line, WEIGHT, tl.uint8), place * (codec.bits // 8), is_there)
-
-
-@triton.jit
-def _prefetch(start, places, is_there):
-    addresses = (start + tl.where(is_there, places, 0)).to(tl.int64)
-    tl.inline_asm_elementwise(PREFETCH, "=r,l", [addresses], tl.int32, is_pure=False, pack=1)

@@ -12,7 +12,7 @@ import triton.language as tl
 from .activation import activate
 from .decode import FIELDS, read_bias
 from .overlap import begin
-from .product import multiply, prefetch
+from .product import multiply
 
 
 @triton.jit
@@ -99,13 +99,11 @@ def down_parts(
     the router's weight, added up and times `factor`; by way of `sums`, those of every part in float32
     [PARTS, pairs, HIDDEN]. SLOTS is a power of two from TOP_K on.
     """
+    begin(OVERLAPS)
     pair, part = tl.program_id(1), tl.program_id(2)
-    expert = tl.load(experts + pair)  # known before the kernel ahead began
+    expert = tl.load(experts + pair)
     is_row = tl.arange(0, BLOCK_M) == 0
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if OVERLAPS and expert >= 0:
-        prefetch(table + (expert * 3 + 2) * FIELDS, outputs, HIDDEN, CODECS, part, PARTS)
-    begin(OVERLAPS)
     if expert >= 0:
         line = table + (expert * 3 + 2) * FIELDS
         found = multiply(

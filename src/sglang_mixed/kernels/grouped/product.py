@@ -18,7 +18,6 @@ from .decode import (
     SLICE,
     join_fields,
     pointer_of,
-    prefetch_values,
     read_fields,
     read_scale,
     read_values,
@@ -64,24 +63,6 @@ def multiply(
                     x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT, part, PARTS,
                 )  # fmt: skip
     return sums
-
-
-@triton.jit
-def prefetch(line, outputs, OUTPUTS: tl.constexpr, CODECS: tl.constexpr, part, PARTS: tl.constexpr):
-    """Have what `multiply` will read of a weight brought to the GPU's cache, before there is an x."""
-    number = tl.load(line + CODEC)
-    for index in tl.static_range(len(CODECS)):
-        if number == index:
-            _prefetch_own(line, outputs, OUTPUTS, CODECS, index, part, PARTS)
-
-
-@triton.jit
-def _prefetch_own(
-    line, outputs, OUTPUTS: tl.constexpr, CODECS: tl.constexpr, NUMBER: tl.constexpr, part, PARTS: tl.constexpr
-):
-    codec: tl.constexpr = CODECS[NUMBER]
-    OWN: tl.constexpr = (codec.width // codec.step + PARTS - 1) // PARTS
-    prefetch_values(line, part * OWN, OWN, outputs + codec.first_row, outputs < OUTPUTS, codec)
 
 
 @triton.jit
