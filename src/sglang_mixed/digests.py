@@ -18,9 +18,8 @@ def sha256(tensor: torch.Tensor) -> str:
 def sha256_tree(tensor: torch.Tensor) -> str:
     """Of the SHA-256 of every `LEAF` bytes, the last of which may be fewer: a GPU takes all leaves at once."""
     data = _bytes_of(tensor)
-    return root(
-        b"".join(hashlib.sha256(data[begin : begin + LEAF]).digest() for begin in range(0, len(data) or 1, LEAF))
-    )
+    leaves = (data[LEAF * number : LEAF * (number + 1)] for number in range(num_leaves(len(data))))
+    return root(b"".join(hashlib.sha256(leaf).digest() for leaf in leaves))
 
 
 def root(leaves: bytes) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_mixed.engine.loading.file_tensors import StockTensor, Whole
 from sglang_mixed.engine.loading.intake import Intake
 from sglang_mixed.engine.loading.ledger import Ledger, Line
 from sglang_mixed.engine.loading.stock import StockParameters
@@ -134,6 +135,28 @@ def test_half_of_a_tensor_for_a_layer_of_ours_is_refused(tmp_path: Path, writer:
         for name, tensor in stream(reads, ReadLog(), lambda _: None):
             with pytest.raises(LedgerError, match=f"{tensor.nbytes // 2:,} of {tensor.nbytes:,} bytes arrived: {name}"):
                 current.deliver(name, tensor[: len(tensor) // 2])
+
+
+@pytest.mark.parametrize(
+    ("index", "meets"),
+    [
+        ((1, slice(0, 4)), False),
+        ((0, slice(4, 8)), False),
+        ((0, slice(0, 4)), True),
+        ((0, slice(3, 5)), True),
+        ((0, slice(None)), True),
+    ],
+)
+def test_two_weights_with_one_place_in_a_parameter_are_refused(index: tuple[int | slice, ...], meets: bool) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 8), requires_grad=False)
+    whole = Whole(Transfer())
+    whole.arrive("first", StockTensor(parameter, (0, slice(0, 4)), (4,), torch.float32))
+    second = StockTensor(parameter, index, tuple(parameter[index].shape), torch.float32)
+    if not meets:
+        whole.arrive("second", second)
+        return
+    with pytest.raises(LedgerError, match="first and second have one place in the model"):
+        whole.arrive("second", second)
 
 
 def test_a_weight_nothing_waits_for_is_refused() -> None:

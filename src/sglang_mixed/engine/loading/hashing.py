@@ -27,12 +27,13 @@ class Hasher:
 
     def add(self, tensors: Iterable[Named]) -> None:
         """Nothing will write to these tensors but the copies that have begun when they are hashed."""
-        self._waiting += tensors
+        self._waiting.extend(tensors)
 
     def begin(self, at_least: int = AT_ONCE) -> None:
         """Once so many bytes have come, behind the copies that have begun."""
-        if self._waiting and sum(tensor.nbytes for _, tensor in self._waiting) >= at_least:
-            waiting, self._waiting = self._waiting, []
+        waiting = list(self._waiting)  # some models load in threads, which add more
+        if waiting and sum(tensor.nbytes for _, tensor in waiting) >= at_least:
+            del self._waiting[: len(waiting)]
             self._begun += [(name, num_leaves(tensor.nbytes)) for name, tensor in waiting]
             self._leaves.append(leaves_of([tensor for _, tensor in waiting]))
 
@@ -43,10 +44,8 @@ class Hasher:
             return {}
         found = torch.cat(self._leaves).cpu().numpy().tobytes()
         ends = itertools.accumulate(32 * number for _, number in self._begun)
-        begins = itertools.chain([0], ends)
         return {
-            name: root(found[begin : begin + 32 * number])
-            for (name, number), begin in zip(self._begun, begins, strict=False)
+            name: root(found[end - 32 * number : end]) for (name, number), end in zip(self._begun, ends, strict=True)
         }
 
 
