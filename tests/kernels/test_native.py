@@ -128,15 +128,16 @@ def test_nibbles_end_where_they_end(library: None, out: int, group: int, rows: i
 
 @pytest.mark.parametrize("kind", [native.FP8, native.INT8])
 def test_a_large_value_that_no_weight_meets_leaves_the_others_their_bits(library: None, kind: int) -> None:
-    weight, reference = octet_weight(kind, 64, 4096)
+    # Many outputs, and always the same: what two bytes hold here comes to 0.9e-5, and of few outputs to twice as much.
+    GENERATOR.manual_seed(0)
+    weight, reference = octet_weight(kind, 2048, 4096)
     weight[:, 7], reference[:, 7] = 0, 0
-    one = native.Octets(kind, weight, torch.ones(64), 1, 4096)
+    one = native.Octets(kind, weight, torch.ones(2048), 1, 4096)
     x = torch.randn(2, 4096, generator=GENERATOR) / 8
     x[0, 7] = 1e2
     for given in ROUNDING:
         y, expected = one.linear(x.to(given)).double(), x.to(given).double() @ reference.t()
-        # 800 times as large as the others, which get little more than one of the two bytes that they become.
-        assert (y - expected).square().mean() <= 3e-5 * expected.square().mean()
+        assert (y - expected).square().mean() <= 1e-5 * expected.square().mean()
 
 
 def test_rows_that_are_no_numbers_stay_none(library: None) -> None:
