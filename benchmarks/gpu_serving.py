@@ -230,12 +230,9 @@ def measured(engines: dict[Key, Answering], batch: int, repeats: int) -> bool:
     ok = True
     for measure, one, other, bar, batches in RATIOS:
         if batch in batches and {one, other} <= rates.keys():
-            baseline = f"{other}, {rates[other]:.0f} tokens/s"
-            ok &= report(f"{measure}, batch {batch}", rates[one] / rates[other], "x", baseline, bar, at_least=True)
-            baseline = f"{other}, {decoding[other]:.0f} tokens/s"
-            report(
-                f"{measure}, batch {batch}, after the first token", decoding[one] / decoding[other], "x", baseline, None
-            )
+            for which, side, limit in (("", rates, bar), (", after the first token", decoding, None)):
+                what, baseline = f"{measure}, batch {batch}{which}", f"{other}, {side[other]:.0f} tokens/s"
+                ok &= report(what, side[one] / side[other], "x", baseline, limit, at_least=True)
     return ok
 
 

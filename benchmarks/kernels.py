@@ -189,19 +189,22 @@ def usage(compiled: Any) -> dict[str, int]:
 def lines(only: list[str]) -> Iterator[dict[str, Any]]:
     """One a kernel; those that do not depend on the formats once."""
     seen: set[str] = set()
+    for name, kernel, rows, compiled in compile_all(only):
+        common = kernel in COMMON
+        if common and f"{kernel} {rows}" in seen:
+            continue
+        seen.add(f"{kernel} {rows}")
+        yield {"kernel": kernel, "formats": "any" if common else name, "rows": rows, **usage(compiled)}
+
+
+def compile_all(only: list[str]) -> Iterator[tuple[str, str, int, Any]]:
+    """(formats, kernel, rows of a program, what was compiled) of what hashes, and of layers of each format and mix."""
+    yield from (("any", *one) for one in compile_hashes())
     alone = {name: (name,) for name in FORMATS}
     for name, formats in (alone | MIXES).items():
-        if only and name not in only:
-            continue
-        for tokens in TOKENS:
+        for tokens in TOKENS if not only or name in only else ():
             found = compile_experts(formats, tokens) + (compile_linear(name, tokens) if name in alone else [])
-            found += compile_hashes()
-            for kernel, rows, compiled in found:
-                common = kernel in COMMON
-                if common and f"{kernel} {rows}" in seen:
-                    continue
-                seen.add(f"{kernel} {rows}")
-                yield {"kernel": kernel, "formats": "any" if common else name, "rows": rows, **usage(compiled)}
+            yield from ((name, *one) for one in found)
 
 
 def table(found: list[Mapping[str, Any]]) -> str:

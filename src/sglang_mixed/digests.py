@@ -17,9 +17,14 @@ def sha256(tensor: torch.Tensor) -> str:
 
 def sha256_tree(tensor: torch.Tensor) -> str:
     """Of the SHA-256 of every `LEAF` bytes, the last of which may be fewer: a GPU takes all leaves at once."""
+    return root(leaves_of(tensor))
+
+
+def leaves_of(tensor: torch.Tensor) -> bytes:
+    """A tree's leaves: SHA-256 of every `LEAF` bytes, 32 bytes each."""
     data = _bytes_of(tensor)
-    leaves = (data[LEAF * number : LEAF * (number + 1)] for number in range(num_leaves(len(data))))
-    return root(b"".join(hashlib.sha256(leaf).digest() for leaf in leaves))
+    pieces = (data[LEAF * number : LEAF * (number + 1)] for number in range(num_leaves(len(data))))
+    return b"".join(hashlib.sha256(piece).digest() for piece in pieces)
 
 
 def root(leaves: bytes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_mixed.digests import LEAF
+from sglang_mixed.digests import leaves_of
 
 if TYPE_CHECKING:
     from .stand_ins import Replace
@@ -97,7 +96,6 @@ def replace_device(replace: Replace) -> None:
     }.items():
         replace(torch.cuda, name, value)
     replace(hashing, "leaves_of", leaves_on_cpu)
-    replace(hashing, "prepare", lambda: None)
     replace(transfer, "prepare", lambda: None)
     for name in ("pinned", "on_device"):
         replace(transfer, name, lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu"))
@@ -106,12 +104,7 @@ def replace_device(replace: Replace) -> None:
 
 def leaves_on_cpu(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """In place of the Triton kernel: SHA-256 of every leaf of one tensor after the other, uint8 [leaves, 32]."""
-    found = bytearray()
-    for tensor in tensors:
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        for begin in range(0, len(data) or 1, LEAF):
-            found += hashlib.sha256(data[begin : begin + LEAF]).digest()
-    return torch.frombuffer(found, dtype=torch.uint8).view(-1, 32)
+    return torch.frombuffer(bytearray().join(map(leaves_of, tensors)), dtype=torch.uint8).view(-1, 32)
 
 
 def start_sglang(arguments: Any, backend: str) -> Any:

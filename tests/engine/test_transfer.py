@@ -54,7 +54,7 @@ class Places:
             return tensor
         self._transfer.copy(self.places[name], tensor)
         if self.completes:
-            self._transfer.complete([(name, self.places[name])])
+            self._transfer.complete(name, self.places[name])
         return None
 
 

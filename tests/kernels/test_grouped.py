@@ -19,7 +19,7 @@ from sglang_mixed.formats.slicing import Region
 from sglang_mixed.kernels.base import Tensors
 from sglang_mixed.kernels.grouped import launch
 from sglang_mixed.kernels.grouped.arrange import arrange
-from sglang_mixed.kernels.grouped.codec import CODES, LARGEST_STEP, Codec
+from sglang_mixed.kernels.grouped.codec import LARGEST_STEP
 from sglang_mixed.kernels.implied import without_implied
 
 Run = Callable[..., Any]
@@ -185,21 +185,20 @@ def test_a_layer_in_bf16_is_as_exact_as_the_interpreter_rounds(layers: Any) -> N
 @pytest.mark.parametrize("columns", [64, 768, 2048, 2880, 14336])
 def test_few_products_are_cut_into_parts_of_steps_and_many_are_not(columns: int) -> None:
     steps = -(-columns // LARGEST_STEP)
-    codec = Codec(CODES, bits=4)
     for pairs in (8, 32):
-        for own in launch.cut_experts(columns, columns, pairs, [codec]):
+        for own in launch.cut_experts(columns, columns, pairs, takes_registers=False):
             assert 1 <= own.parts <= min(steps, launch.MOST_PARTS)
-    few, many = (launch.cut_linear(1, columns, outputs, codec).parts for outputs in (64, 1 << 16))
+    few, many = (launch.cut_linear(1, columns, outputs, takes_registers=False).parts for outputs in (64, 1 << 16))
     assert few == -(-steps // launch.LINEAR[8].steps) and many == 1
-    assert launch.cut_linear(1 << 16, columns, 64, codec).parts == 1
+    assert launch.cut_linear(1 << 16, columns, 64, takes_registers=False).parts == 1
 
 
 def test_sums_in_parts_are_never_more_than_there_are_counts_for() -> None:
-    codec, most = Codec(CODES, bits=4), 0
+    most = 0
     for rows, columns, outputs in itertools.product(
         (1, 9, 20, 50, 100, 200, 999), (512, 4096, 1 << 15), range(64, 60000, 640)
     ):
-        own = launch.cut_linear(rows, columns, outputs, codec)
+        own = launch.cut_linear(rows, columns, outputs, takes_registers=False)
         tiles, blocks, parts = own.grid(outputs, rows)
         most = max(most, tiles * blocks * (parts > 1))
     assert launch.MOST_SUMS // 2 < most <= launch.MOST_SUMS

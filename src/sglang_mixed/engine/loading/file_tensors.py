@@ -91,7 +91,7 @@ class Whole:
                     rule="a weight fills every byte of its place, and no other",
                 )
         others.append((name, own))
-        self._transfer.complete([(name, tensor.restore())])
+        self._transfer.complete(name, tensor.restore())
 
 
 def _meet(one: int | slice, other: int | slice) -> bool:

@@ -72,8 +72,8 @@ class Transfer:
         """Copy what was read; with a GPU, begin to."""
         place.copy_(tensor)
 
-    def complete(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Nothing will be copied to these tensors but what has been."""
+    def complete(self, name: str, tensor: torch.Tensor) -> None:
+        """Nothing will be copied to the tensor but what has been."""
 
     def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, str]:
         """Name -> SHA-256 of the tensor's bytes in row-major order; by a GPU the root of a tree of them."""
@@ -124,10 +124,10 @@ class PinnedTransfer(Transfer):
         else:
             self._copies.add(place, twin)
 
-    def complete(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """They are hashed with others."""
-        self._hasher.add(tensors)
-        self.completed.update(name for name, _ in tensors)
+    def complete(self, name: str, tensor: torch.Tensor) -> None:
+        """It is hashed with others."""
+        self._hasher.add([(name, tensor)])
+        self.completed.add(name)
 
     def hashes(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, str]:
         """Once; those that were complete before are among them."""

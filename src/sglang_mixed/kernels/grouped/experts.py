@@ -52,6 +52,7 @@ class GroupedExperts:
         self._activation, self._factor = activation, factor
         self.gate_up_codecs = codecs_of(weight for expert in experts for weight in expert[:2])
         self.down_codecs = codecs_of(expert.down for expert in experts)
+        self._takes_registers = any(codec.takes_registers for codec in (*self.gate_up_codecs, *self.down_codecs))
         sides = (self.gate_up_codecs, self.gate_up_codecs, self.down_codecs)
         lines = [line(weight, side) for expert in experts for weight, side in zip(expert, sides, strict=True)]
         device = experts[0].gate.tensors["weight"].device
@@ -83,8 +84,7 @@ class GroupedExperts:
 
     def cuts(self, pairs: int) -> tuple[Cut, Cut]:
         """How gate and up, and down, are cut along their columns for few pairs."""
-        codecs = (*self.gate_up_codecs, *self.down_codecs)
-        return launch.cut_experts(self.hidden, self.intermediate, pairs, codecs)
+        return launch.cut_experts(self.hidden, self.intermediate, pairs, self._takes_registers)
 
     def _run_in_parts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
         top_k, num_pairs, experts = ids.shape[1], ids.numel(), ids.flatten().to(torch.int32)
@@ -107,7 +107,7 @@ class GroupedExperts:
 
     def _run_whole(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:
         top_k, number = ids.shape[1], len(self._experts)
-        first, second = tiles_for_experts(self.gate_up_codecs, self.down_codecs, ids.numel() / number)
+        first, second = tiles_for_experts(ids.numel() / number, self._takes_registers)
         pairs, experts = self._sort(ids, first.rows)
         blocks = len(experts)
         hidden = self.empty(ids.numel(), self.intermediate, like=x)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
-from .codec import LARGEST_STEP, Codec
+from .codec import LARGEST_STEP
 
 #: torch's dtype of activations -> Triton's.
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -98,11 +97,14 @@ class Cut(NamedTuple):
         return ceil_div(outputs, self.tiles.outputs), pairs, self.parts * matrices
 
 
-def cut_experts(hidden: int, intermediate: int, pairs: int, codecs: Iterable[Codec]) -> tuple[Cut, Cut]:
+def cut_experts(hidden: int, intermediate: int, pairs: int, takes_registers: bool) -> tuple[Cut, Cut]:
     """The cuts of gate and up, and of down, for few pairs."""
     down = next(own for most, own in DOWN_PARTS.items() if pairs <= most)
     first, second = (
-        Cut(_with_registers(own.tiles, codecs), min(MOST_PARTS, ceil_div(ceil_div(columns, LARGEST_STEP), own.steps)))
+        Cut(
+            _with_registers(own.tiles, takes_registers),
+            min(MOST_PARTS, ceil_div(ceil_div(columns, LARGEST_STEP), own.steps)),
+        )
         for columns, own in ((hidden, GATE_UP_PARTS), (intermediate, down))
     )
     return first, second
@@ -114,26 +116,24 @@ def most_sums(hidden: int, intermediate: int) -> int:
     return FEW_PAIRS * max(ceil_div(intermediate, GATE_UP_PARTS.tiles.outputs), ceil_div(hidden, least))
 
 
-def cut_linear(rows: int, columns: int, outputs: int, codec: Codec) -> Cut:
+def cut_linear(rows: int, columns: int, outputs: int, takes_registers: bool) -> Cut:
     """The cut of a product of rows and a weight [outputs, columns]: into no more programs than keep a GPU busy."""
     linear = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
     programs = ceil_div(outputs, linear.tiles.outputs) * ceil_div(rows, linear.tiles.rows)
     steps = ceil_div(columns, LARGEST_STEP)
     own = max(linear.steps, ceil_div(steps, max(1, linear.busy * MULTIPROCESSORS // programs)))
-    return Cut(_with_registers(linear.tiles, [codec]), ceil_div(steps, own))
+    return Cut(_with_registers(linear.tiles, takes_registers), ceil_div(steps, own))
 
 
-def _with_registers(tiles: Tiles, codecs: Iterable[Codec]) -> Tiles:
+def _with_registers(tiles: Tiles, takes_registers: bool) -> Tiles:
     """Of few rows, in parts: as many warps as leave a thread registers enough."""
-    if tiles.rows <= 8 and any(codec.takes_registers for codec in codecs):
-        return tiles._replace(warps=4)
-    return tiles
+    return tiles._replace(warps=4) if takes_registers and tiles.rows <= 8 else tiles
 
 
-def tiles_for_experts(gate_up: Sequence[Codec], down: Sequence[Codec], pairs: float) -> tuple[Tiles, Tiles]:
+def tiles_for_experts(pairs: float, takes_registers: bool) -> tuple[Tiles, Tiles]:
     """How the products with gate and up, and with down, are cut, for so many pairs of an expert on average."""
     rows = next((rows for rows, most in PAIRS_OF_PROGRAM.items() if pairs <= most), 64)
-    if any(codec.takes_registers for codec in (*gate_up, *down)):
+    if takes_registers:
         return OF_MANY_REGISTERS[rows], OF_MANY_REGISTERS[rows]
     return GATE_UP[rows], DOWN[rows]
 

@@ -36,7 +36,7 @@ class DecodedLinear:
 
     def cut(self, rows: int) -> Cut:
         """How the product of so many rows is cut."""
-        return cut_linear(rows, self._columns, self._outputs, self._weight.codec)
+        return cut_linear(rows, self._columns, self._outputs, self._weight.codec.takes_registers)
 
     def _run_in_parts(self, x: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, own: Cut) -> None:
         grid = own.grid(self._outputs, len(x))

@@ -52,16 +52,11 @@ def multiply(
     `is_row`, comes out as zeros. `DOT` is the dtype of the products' factors. Of `PARTS` runs of steps only `part` is
     summed.
     """
-    if len(CODECS) == 1:
-        sums = _product(x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, 0, DOT, part, PARTS)
-    else:
-        sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
-        number = tl.load(line + CODEC)
-        for index in tl.static_range(len(CODECS)):
-            if number == index:
-                sums = _product(
-                    x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT, part, PARTS,
-                )  # fmt: skip
+    sums = tl.zeros((rows.shape[0], outputs.shape[0]), tl.float32)
+    number = tl.load(line + CODEC) if len(CODECS) > 1 else 0
+    for index in tl.static_range(len(CODECS)):
+        if number == index:
+            sums = _product(x, rows, is_row, line, lines, outputs, X_COLUMNS, OUTPUTS, CODECS, index, DOT, part, PARTS)
     return sums
 
 
