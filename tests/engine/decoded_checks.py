@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
+from sglang_mixed.engine.layers import decoded
 from sglang_mixed.engine.layers.grouped_moe import MixedMoE
+from sglang_mixed.engine.layers.plain_linear import PlainLinear
 from sglang_mixed.engine.layers.split_linear import SplitLinear
 from sglang_mixed.engine.layers.stock_methods import StockMethods
 from sglang_mixed.engine.names import expert_modules
@@ -127,3 +131,19 @@ def linear(path: Path, prefix: str, names: tuple[str, ...], tp: int = 1, number:
         "held": bytes_of(layer) - sum(run.padding for run in method.runs),
         "planned": sum(rank.module_bytes(module.name) for module in modules),
     }
+
+
+def plain(outputs: int, columns: int, rows: int, dtype: torch.dtype, is_measured: bool = True) -> dict[str, Any]:
+    """The squared error of a plain linear layer's product, and whether SGLang's method computed it."""
+    method, layer = PlainLinear(), torch.nn.Module()
+    method.create_weights(layer, columns, [outputs], columns, outputs, dtype)
+    layer.weight.data.normal_()
+    with mock.patch.object(decoded, "is_measured_gpu", lambda: is_measured):
+        method.process_weights_after_loading(layer)
+    x, bias = torch.randn(rows, columns, dtype=dtype), torch.randn(outputs, dtype=dtype)
+    with mock.patch.object(
+        UnquantizedLinearMethod, "apply", autospec=True, side_effect=UnquantizedLinearMethod.apply
+    ) as stock:
+        found = method.apply(layer, x, bias)
+    expected = x.double() @ layer.weight.double().T + bias.double()
+    return {"error": float((found - expected).square().sum() / expected.square().sum()), "is_stock": stock.called}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_mixed.engine.layers import decoded
 from sglang_mixed.engine.layers.grouped_moe import share_out
@@ -138,6 +139,24 @@ def test_a_linear_layer_that_no_kernel_of_sglang_runs_computes_what_it_must(line
 def test_parts_that_are_stored_alike_take_one_launch(linears: Any) -> None:
     assert len(linears["fused"].result()["kinds"]) == 3
     assert len(linears["one matrix"].result()["kinds"]) == len(linears["one matrix over ranks"].result()["kinds"]) == 1
+
+
+@pytest.mark.parametrize(("outputs", "columns", "rows"), [(128, 256, 1), (40, 200, 16), (512, 320, 64)])
+def test_a_router_in_16_bits_for_few_tokens_runs_on_our_kernel(run: Any, outputs: int, columns: int, rows: int) -> None:
+    found = run(decoded_checks.plain, outputs, columns, rows, torch.float16).result()
+    assert found["error"] <= 1e-6  # the output is rounded to 16 bits
+    assert not found["is_stock"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "rows", "dtype", "is_measured"),
+    [(520, 1, "float16", True), (128, 65, "float16", True), (128, 1, "float32", True), (128, 1, "float16", False)],
+)
+def test_all_other_plain_weights_stay_with_sglang_s_method(
+    run: Any, outputs: int, rows: int, dtype: str, is_measured: bool
+) -> None:
+    found = run(decoded_checks.plain, outputs, 256, rows, getattr(torch, dtype), is_measured).result()
+    assert found["is_stock"] and found["error"] <= 1e-6
 
 
 def kinds(mapping: Mapping[str, str], write: Write) -> dict[str, list[int]]:

@@ -34,3 +34,17 @@ def test_every_field_of_two_words_becomes_its_code_less_the_middle(text: str, dt
         found = run(getattr(decode, text).value, {"$8": words[0], "$9": words[1]}, 8)
         values = torch.stack([halves(register, dtype) for register in found]).double()
         assert torch.equal(values, torch.from_numpy(codes.T - 8).double())
+
+
+@pytest.mark.parametrize(("text", "dtype"), [("OCTETS_BF16", torch.bfloat16), ("OCTETS_FP16", torch.float16)])
+def test_every_field_of_two_words_becomes_its_e4m3_number(text: str, dtype: torch.dtype) -> None:
+    numbers = [code for code in range(256) if code & 0x7F != 0x7F]
+    for turn in range(len(numbers)):
+        codes = np.array([[numbers[(turn + 31 * (4 * word + field)) % 254] for field in range(4)] for word in range(2)])
+        words = [int.from_bytes(bytes(row), "little") for row in codes.tolist()]
+        found = torch.stack(
+            [halves(one, dtype) for one in run(getattr(decode, text).value, {"$4": words[0], "$5": words[1]}, 4)]
+        )
+        expected = torch.from_numpy(codes.T.astype(np.uint8)).contiguous().view(torch.float8_e4m3fn).double()
+        assert torch.equal(found.double(), expected)
+        assert torch.equal(found.signbit(), expected.signbit())

@@ -22,7 +22,7 @@ from ...formats.base import TORCH_DTYPES
 from ...formats.fusion import fuse
 from ...formats.slicing import whole
 from ...kernels.grouped.arrange import arrange
-from ...kernels.grouped.codec import codec_of, why_not
+from ...kernels.grouped.codec import CODES, codec_of, why_not
 from ...kernels.grouped.table import Weight
 from ...plan import Part, PlannedModule
 from .. import state
@@ -174,8 +174,12 @@ def why_wished(formats: Sequence[ModuleFormat]) -> str | None:
 
 def is_faster(module_format: ModuleFormat) -> bool:
     """Whether our kernel is known to be faster than SGLang's."""
-    on_measured = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == MEASURED_ON
-    return on_measured and is_like_those_measured(module_format)
+    return is_measured_gpu() and is_like_those_measured(module_format)
+
+
+def is_measured_gpu() -> bool:
+    """Whether this GPU is like the one on which kernels were compared."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == MEASURED_ON
 
 
 def is_like_those_measured(module_format: ModuleFormat) -> bool:
@@ -183,7 +187,7 @@ def is_like_those_measured(module_format: ModuleFormat) -> bool:
     if why_not(module_format):
         return False
     codec = codec_of(module_format)
-    return codec.is_sliced and not codec.takes_registers
+    return codec.kind == CODES and codec.is_sliced and not codec.takes_registers
 
 
 def wishes() -> str:

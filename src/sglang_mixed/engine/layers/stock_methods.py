@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from ...errors import UnsupportedError
 from ...formats import ModuleFormat, label_of
@@ -19,6 +18,7 @@ from . import decoded
 from .grouped_moe import MixedMoE
 from .linear_methods import why_not
 from .moe import ExpertModules
+from .plain_linear import PlainLinear
 from .split_linear import SplitLinear
 
 
@@ -40,7 +40,7 @@ class StockMethods:
             )
         # SGLang's models concatenate this one's parts before they load them, which no part's name survives.
         concatenated = last == "fused_qkv_a_proj_with_mqa"
-        return UnquantizedLinearMethod() if is_plain and not concatenated else SplitLinear(list(parts))
+        return PlainLinear() if is_plain and not concatenated else SplitLinear(list(parts))
 
     def experts(self, prefix: str, experts: Sequence[ExpertModules]) -> QuantizeMethodBase | None:
         """The method for a layer of these experts, all of this rank; None is SGLang's own for 16 bits."""

@@ -1,8 +1,9 @@
 """Weights from their files' layouts to that of the Triton kernels, on whatever device they are.
 
-Whole bytes stay row by row. Narrower values lie in int32 words, of each plane first the step, then the row, then the
-step's words: what one program loads at once is one piece of memory. Within a step values are little-endian along the
-columns; or each field of the words is a slice of neighbouring columns, one in each word (`Codec.is_sliced`).
+Whole bytes stay row by row. What is narrower, or sliced, lies in int32 words, of each plane first the step, then the
+row, then the step's words: what one program loads at once is one piece of memory. Within a step values are
+little-endian along the columns; or each field of the words is a slice of neighbouring columns, one in each word
+(`Codec.is_sliced`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def arrange(files: Tensors, module_format: ModuleFormat, codec: Codec | None = N
     """Local name -> tensor [weights, ...] of weights in one format -> the kernel's tensors; `files` is emptied.
 
     `weight`, and as the codec has them `scale`, `zero`, `factor`, `order` (the column of x that a stored one meets, -1
-    for filling) and `groups` (of each step). Narrow weights are unpacked some at a time; whole bytes are not copied.
+    for filling) and `groups` (of each step). Weights that lie in words are arranged some at a time; others not copied.
     Raises InconsistentFormatError for a g_idx that names groups which are not there.
     """
     codec = codec or codec_of(module_format)
@@ -56,11 +57,12 @@ def arrange(files: Tensors, module_format: ModuleFormat, codec: Codec | None = N
 def _weights(files: Tensors, module_format: ModuleFormat, codec: Codec, order: torch.Tensor | None) -> torch.Tensor:
     name = next(name for name in ("qweight", "weight_packed", "weight") if name in files)
     stored = files.pop(name)
-    if not codec.has_words and module_format.name not in ("gptq", "packed"):
+    in_words = codec.has_words or codec.is_sliced
+    if not in_words and module_format.name not in ("gptq", "packed"):
         return stored.contiguous()
     unit = codec.rows * codec.width
-    size = unit * codec.bits // 32 if codec.has_words else codec.rows * codec.stored_columns
-    dtype = torch.int32 if codec.has_words else torch.uint8
+    size = unit * codec.bits // 32 if in_words else codec.rows * codec.stored_columns
+    dtype = torch.int32 if in_words else torch.uint8
     found = torch.empty(len(stored), size, dtype=dtype, device=stored.device)
     at_once = max(1, VALUES_AT_ONCE // unit)
     for begin in range(0, len(stored), at_once):
@@ -68,12 +70,15 @@ def _weights(files: Tensors, module_format: ModuleFormat, codec: Codec, order: t
         values = _values(stored[some], module_format)
         if order is not None:
             values = values.take_along_dim(order[some, None].clamp_min(0).long(), 2)
-        found[some] = words(values, codec) if codec.has_words else values.flatten(1)
+        found[some] = words(values, codec) if in_words else values.flatten(1)
     return found
 
 
 def words(values: torch.Tensor, codec: Codec) -> torch.Tensor:
     """uint8 [weights, rows, columns] -> int32 [weights, rows * width * bits / 32], plane by plane."""
+    if codec.bits == 8:
+        slices = values.view(len(values), codec.rows, -1, 32 // codec.bits, codec.slice_columns)
+        return slices.mT.contiguous().view(torch.int32).transpose(1, 2).flatten(1)
     values = torch.nn.functional.pad(values, (0, codec.width - values.shape[-1]))
     parts = []
     for bits, below in codec.planes:
@@ -97,6 +102,8 @@ def _values(stored: torch.Tensor, module_format: ModuleFormat) -> torch.Tensor:
         return unpack_columns(stored).mT.contiguous()
     if name == "packed":
         return unpack(stored, module_format.parameters.bits, 2)[..., :columns].contiguous()
+    if name == "fp8":
+        return stored.view(torch.uint8)
     octets = stored.view(torch.uint8)
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)[..., :columns].contiguous()
 

@@ -16,8 +16,6 @@ from ...formats.slicing import Region, whole
 PLAIN, FP8, INT8, CODES, E2M1 = range(5)
 #: Columns of one step of a product: tensor cores multiply at least 16, more than 128 only take registers.
 SMALLEST_STEP, LARGEST_STEP = 16, 128
-#: Columns of a slice: one field of each of a step's words, which tensor cores take as it comes out of them.
-SLICE = 16
 #: As a group or block: one scale for all of them.
 ALL = 1 << 30
 
@@ -59,8 +57,16 @@ class Codec:
 
     @property
     def is_sliced(self) -> bool:
-        """Whether a step's words hold its slices, one in each of their fields, instead of columns in their order."""
-        return self.bits == 4 and self.step == LARGEST_STEP
+        """Whether a step's words hold its slices, one in each of their fields, instead of columns in their order.
+
+        Tensor cores take those as they come out of the words. Nothing is filled up for it but what is narrow anyway.
+        """
+        return self.step == LARGEST_STEP and (self.bits == 4 or (self.kind == FP8 and self.width == self.columns))
+
+    @property
+    def slice_columns(self) -> int:
+        """Columns of a slice: one field of each of a row's words in a step."""
+        return self.step * self.bits // 32
 
     @property
     def takes_registers(self) -> bool:

@@ -16,7 +16,6 @@ INT8 = tl.constexpr(codecs.INT8)
 CODES = tl.constexpr(codecs.CODES)
 E2M1 = tl.constexpr(codecs.E2M1)
 ALL = tl.constexpr(codecs.ALL)
-SLICE = tl.constexpr(codecs.SLICE)
 
 #: What a line of a table of weights says (see `table.py`): the codec's number, then addresses.
 CODEC = tl.constexpr(0)
@@ -60,34 +59,49 @@ FIELDS_FP16 = _fields_asm("f16", 0x6400, 0x3C00, 0xE408)
 FIELDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
 
 
-def _e4m3_asm(kind: str, shift: int, factor: int) -> tl.constexpr:
-    """PTX for four e4m3 codes: exponent and fraction are those of 16 bits once they are in their places.
+def _to_16_bits(kind: str, shift: int, factor: int, pairs: list[str]) -> list[str]:
+    """PTX for pairs of e4m3 codes, each in the upper byte of its half: pair number n becomes $n.
 
-    What the exponent lacks then one product adds to all, subnormal numbers too. (GPUs since Ada have an instruction for
-    FP16, from which others have to make BF16 value by value, slower than memory.)
+    Exponent and fraction are those of 16 bits once they are in their places; what the exponent lacks then one product
+    adds to all, subnormal numbers too. (GPUs since Ada have an instruction for FP16, from which others have to make
+    BF16 value by value, slower than memory.)
     """
     lines = [
-        "{",
-        ".reg .b32 low, high, sign, factor, zero;",
+        ".reg .b32 sign, factor, zero;",
         f"mov.b32 factor, {factor * 0x10001:#x};",
         "mov.b32 zero, 0x80008000;",
-        "prmt.b32 low, $2, 0, 0x1404;",
-        "prmt.b32 high, $2, 0, 0x3424;",
     ]
-    for number, pair in enumerate(("low", "high")):
+    for number, pair in enumerate(pairs):
         lines += [
             f"and.b32 sign, {pair}, 0x80008000;",
             f"shr.u32 {pair}, {pair}, {shift};",
             f"lop3.b32 {pair}, {pair}, {(0x7F00 >> shift) * 0x10001:#x}, sign, 0xEA;",
             f"fma.rn.{kind}x2 ${number}, {pair}, factor, zero;",
         ]
-    return tl.constexpr("\n".join([*lines, "}"]))
+    return lines
+
+
+def _e4m3_asm(kind: str, shift: int, factor: int) -> tl.constexpr:
+    """PTX for the four e4m3 codes of a word."""
+    lines = ["{", ".reg .b32 low, high;", "prmt.b32 low, $2, 0, 0x1404;", "prmt.b32 high, $2, 0, 0x3424;"]
+    return tl.constexpr("\n".join([*lines, *_to_16_bits(kind, shift, factor, ["low", "high"]), "}"]))
+
+
+def _octets_asm(kind: str, shift: int, factor: int) -> tl.constexpr:
+    """PTX for two words' 4 fields of an e4m3 code."""
+    pairs = ["first", "second", "third", "fourth"]
+    lines = ["{", f".reg .b32 {', '.join(pairs)};"]  # a register of the words may become one of the fields
+    lines += [f"prmt.b32 {pair}, $4, $5, {0x4400 + 0x1111 * field:#x};" for field, pair in enumerate(pairs)]
+    return tl.constexpr("\n".join([*lines, *_to_16_bits(kind, shift, factor, pairs), "}"]))
 
 
 #: 2**120 and 2**8.
 E4M3_BF16 = _e4m3_asm("bf16", 4, 0x7B80)
 E4M3_FP16 = _e4m3_asm("f16", 1, 0x5C00)
 E4M3_CONSTRAINTS = tl.constexpr("=r,=r,r")
+OCTETS_BF16 = _octets_asm("bf16", 4, 0x7B80)
+OCTETS_FP16 = _octets_asm("f16", 1, 0x5C00)
+OCTETS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r")
 E4M3_FACTOR = tl.constexpr(2.0**120)
 
 
@@ -159,11 +173,40 @@ def _plane(lines, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constex
 
 
 @triton.jit
+def _sliced_words(lines, step, rows, is_output, codec: tl.constexpr):
+    """int32 [slice, rows]: a step's words."""
+    WORDS: tl.constexpr = codec.slice_columns
+    weight = pointer_of(lines, WEIGHT, tl.int32) + step * (codec.rows * WORDS)
+    words = tl.load(in_rows(weight) + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :], is_output[:, None])
+    return tl.trans(words)
+
+
+@triton.jit
+def read_octets(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+    """The 4 fields of a step's words, as `read_fields` does it for codes of e4m3."""
+    words = _sliced_words(lines, step, rows, is_output, codec)
+    if DOT.is_bf16():
+        return tl.inline_asm_elementwise(
+            OCTETS_BF16, OCTETS_CONSTRAINTS, [words], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    if DOT.is_fp16():
+        return tl.inline_asm_elementwise(
+            OCTETS_FP16, OCTETS_CONSTRAINTS, [words], (tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return (
+        _e4m3(words & 255, DOT).to(DOT),
+        _e4m3((words >> 8) & 255, DOT).to(DOT),
+        _e4m3((words >> 16) & 255, DOT).to(DOT),
+        _e4m3((words >> 24) & 255, DOT).to(DOT),
+    )
+
+
+@triton.jit
 def read_fields(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
-    """The 8 fields [16, rows] of a step's int32 words, each a slice of the weight in `DOT`, before scales."""
-    weight = pointer_of(lines, WEIGHT, tl.int32) + step * (codec.rows * SLICE)
-    words = tl.load(in_rows(weight) + rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :], is_output[:, None])
-    words = tl.trans(words)
+    """The 8 fields [slice, rows] of a step's words, each a slice of the weight in `DOT`, before scales."""
+    words = _sliced_words(lines, step, rows, is_output, codec)
     # Types are spelled out: Triton takes no others.
     if codec.kind == CODES and DOT.is_bf16():
         return tl.inline_asm_elementwise(
@@ -191,13 +234,13 @@ def read_fields(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.const
 
 @triton.jit
 def join_fields(fields, FIRST: tl.constexpr, NUMBER: tl.constexpr):
-    """[NUMBER * 16, outputs] of as many fields [16, outputs], one below the other."""
+    """[NUMBER * slice, outputs] of as many fields [slice, outputs], one below the other."""
     if NUMBER == 1:
         found = fields[FIRST]
     else:
         above = join_fields(fields, FIRST, NUMBER // 2)
         pairs = tl.join(above, join_fields(fields, FIRST + NUMBER // 2, NUMBER // 2))
-        found = tl.reshape(tl.permute(pairs, 2, 0, 1), (NUMBER * SLICE, above.shape[1]))
+        found = tl.reshape(tl.permute(pairs, 2, 0, 1), (2 * above.shape[0], above.shape[1]))
     return found
 
 

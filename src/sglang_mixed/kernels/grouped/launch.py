@@ -61,12 +61,19 @@ OF_MANY_REGISTERS = {8: Tiles(8, 64, 4, 3), 16: Tiles(16, 64, 4, 3), 64: Tiles(6
 PAIRS_OF_PROGRAM = {8: 8, 16: 16}
 #: By rows, and for more of them; on an H200, against Marlin.
 LINEAR = {
-    8: Linear(Tiles(8, 64, 2, 3), 10, 3),
+    8: Linear(Tiles(8, 64, 2, 3), 5, 3),
     16: Linear(Tiles(16, 64, 2, 3), 4, 4),
     32: Linear(Tiles(32, 64, 4, 3), 4, 4),
     64: Linear(Tiles(32, 64, 4, 3), 5, 5),
     128: Linear(Tiles(64, 64, 4, 3), 4, 16),
     256: Linear(Tiles(64, 64, 4, 3), 8, 16),
+}
+#: Of few outputs, as a router's, and few rows.
+FEW_OUTPUTS = 512
+LINEAR_OF_FEW_OUTPUTS = {
+    8: Linear(Tiles(8, 16, 1, 3), 2, 1),
+    16: Linear(Tiles(16, 16, 4, 3), 2, 2),
+    64: Linear(Tiles(32, 16, 4, 3), 2, 2),
 }
 LINEAR_OF_MORE_ROWS = Linear(Tiles(64, 64, 4, 3), 2, 16)
 MULTIPROCESSORS = 132
@@ -118,7 +125,8 @@ def most_sums(hidden: int, intermediate: int) -> int:
 
 def cut_linear(rows: int, columns: int, outputs: int, takes_registers: bool) -> Cut:
     """The cut of a product of rows and a weight [outputs, columns]: into no more programs than keep a GPU busy."""
-    linear = next((own for most, own in LINEAR.items() if rows <= most), LINEAR_OF_MORE_ROWS)
+    known = LINEAR_OF_FEW_OUTPUTS if outputs <= FEW_OUTPUTS and rows <= max(LINEAR_OF_FEW_OUTPUTS) else LINEAR
+    linear = next((own for most, own in known.items() if rows <= most), LINEAR_OF_MORE_ROWS)
     programs = ceil_div(outputs, linear.tiles.outputs) * ceil_div(rows, linear.tiles.rows)
     steps = ceil_div(columns, LARGEST_STEP)
     own = max(linear.steps, ceil_div(steps, max(1, linear.busy * MULTIPROCESSORS // programs)))

@@ -13,12 +13,13 @@ from .decode import (
     CODEC,
     E2M1,
     FACTOR,
+    FP8,
     GROUPS,
     ORDER,
-    SLICE,
     join_fields,
     pointer_of,
     read_fields,
+    read_octets,
     read_scale,
     read_values,
     read_zero,
@@ -123,8 +124,15 @@ def _sums(
     """
     HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
     GROUPS: tl.constexpr = max(1, codec.step // codec.group)
-    HALVES: tl.constexpr = 2 if codec.is_sliced and GROUPS == 1 and not HAS_FEW_ROWS else 1
+    HALVES: tl.constexpr = (
+        4
+        if codec.is_sliced and codec.kind == FP8 and not HAS_FEW_ROWS
+        else 2
+        if codec.is_sliced and GROUPS == 1 and not HAS_FEW_ROWS
+        else 1
+    )
     COLUMNS: tl.constexpr = codec.step // (GROUPS * HALVES)
+    SLICES: tl.constexpr = COLUMNS // codec.slice_columns if codec.is_sliced else 0
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
     IS_SMALL: tl.constexpr = rows.shape[0] <= TURNED_ROWS and weight_rows.shape[0] <= TURNED_OUTPUTS
     TURNS: tl.constexpr = codec.is_sliced or IS_SMALL
@@ -135,7 +143,9 @@ def _sums(
     if codec.group != ALL and AHEAD:
         scale = read_scale(lines, _group(line, tl.minimum(first, STEPS - 1), codec), weight_rows, is_output, codec)
     for step in range(first, last):
-        if codec.is_sliced:
+        if codec.is_sliced and codec.kind == FP8:
+            fields = read_octets(lines, step, weight_rows, is_output, codec, DOT)
+        elif codec.is_sliced:
             fields = read_fields(lines, step, weight_rows, is_output, codec, DOT)
         for number in tl.static_range(GROUPS):
             group = _group(line, step, codec) + number
@@ -148,7 +158,7 @@ def _sums(
                 stored = step * codec.step + (number * HALVES + half) * COLUMNS + tl.arange(0, COLUMNS)
                 inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
                 if codec.is_sliced:
-                    values = join_fields(fields, (number * HALVES + half) * COLUMNS // SLICE, COLUMNS // SLICE)
+                    values = join_fields(fields, (number * HALVES + half) * SLICES, SLICES)
                 else:
                     values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
                 if codec.group != ALL:
