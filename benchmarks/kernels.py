@@ -109,18 +109,19 @@ def compiling() -> Iterator[list[tuple[str, int, Any]]]:
     """Launches inside compile for the target instead; yields (kernel, rows of a program, what was compiled)."""
     found: list[tuple[str, int, Any]] = []
     kernels = [(module, name, getattr(module, name)) for module, names in KERNELS.items() for name in names]
-    dot_type = launch.dot_type
+    dot_type, overlaps = launch.dot_type, launch.overlaps
     driver.set_active(Absent())  # for good: without a GPU there is none to go back to
     triton.next_power_of_2 = launch.next_power_of_2  # as SGLang does: kernels can no longer call it
     try:
         for module, name, kernel in kernels:
             setattr(module, name, Compiled(kernel, found))
         launch.dot_type = lambda x: launch.TYPES[x.dtype]
+        launch.overlaps = lambda x: Absent.target.arch >= 90
         yield found
     finally:
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
-        launch.dot_type = dot_type
+        launch.dot_type, launch.overlaps = dot_type, overlaps
 
 
 def codec(name: str, rows: int, columns: int) -> Codec:

@@ -52,7 +52,9 @@ class GroupedExperts:
         self._activation, self._factor = activation, factor
         self.gate_up_codecs = codecs_of(weight for expert in experts for weight in expert[:2])
         self.down_codecs = codecs_of(expert.down for expert in experts)
-        self._takes_registers = any(codec.takes_registers for codec in (*self.gate_up_codecs, *self.down_codecs))
+        codecs = (*self.gate_up_codecs, *self.down_codecs)
+        self._takes_registers = any(codec.takes_registers for codec in codecs)
+        self._registers = launch.FEW_REGISTERS if all(codec.is_sliced for codec in codecs) else None
         sides = (self.gate_up_codecs, self.gate_up_codecs, self.down_codecs)
         lines = [line(weight, side) for expert in experts for weight, side in zip(expert, sides, strict=True)]
         device = experts[0].gate.tensors["weight"].device
@@ -96,13 +98,13 @@ class GroupedExperts:
         parts.gate_up_parts[first.grid_of_pairs(self.intermediate, num_pairs, 2)](
             x, sums, self._arrived, hidden, self._table, experts, self._activation.alpha, self._activation.limit,
             CODECS=self.gate_up_codecs, ACTIVATION=self._activation.name, PARTS=first.parts, **common,
-            **launch.options(first.tiles, x),
+            **launch.options(first.tiles, x, self._registers),
         )  # fmt: skip
         sums = self.empty(second.parts, num_pairs, self.hidden, like=x, dtype=torch.float32)
         parts.down_parts[second.grid_of_pairs(self.hidden, num_pairs)](
             hidden, sums, self._arrived, output, self._table, experts, weights, self._factor,
             SLOTS=next_power_of_2(top_k), CODECS=self.down_codecs, PARTS=second.parts, **common,
-            **launch.options(second.tiles, x),
+            **launch.options(second.tiles, x, self._registers),
         )  # fmt: skip
 
     def _run_whole(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, output: torch.Tensor) -> None:

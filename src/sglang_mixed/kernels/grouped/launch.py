@@ -85,6 +85,9 @@ FEW_PAIRS = max(DOWN_PARTS)
 MOST_PARTS = 8
 #: Tiles of a linear that is cut along its columns: with more of them it has programs enough without.
 MOST_SUMS = max(linear.busy for linear in (*LINEAR.values(), LINEAR_OF_MORE_ROWS)) * MULTIPROCESSORS // 2
+#: Of a thread in a program of two warps, at most: a multiprocessor then has room for eleven of these, those of a kernel
+#: and of the one that overlaps with it.
+FEW_REGISTERS = 88
 #: Whether kernels are launched while the one ahead of them still runs, which hides what a launch takes.
 OVERLAPS = True
 
@@ -151,22 +154,26 @@ def dot_type(x: torch.Tensor) -> Any:
     return TYPES[x.dtype] if x.is_cuda else tl.float32
 
 
-def options(tiles: Tiles, x: torch.Tensor) -> dict[str, Any]:
-    """What a product's kernel is told of its tiles, and of the activations."""
-    return {
+def options(tiles: Tiles, x: torch.Tensor, registers: int | None = None) -> dict[str, Any]:
+    """What a product's kernel is told of its tiles, and of the activations; `registers` of two warps that overlap."""
+    found = {
         "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.outputs,
         "DOT": dot_type(x),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
+    return found | {"maxnreg": registers} if registers and tiles.warps == 2 and overlaps(x) else found
 
 
 def overlap(x: torch.Tensor) -> dict[str, bool]:
     """How kernels of parts are launched; GPUs have programmatic dependent launches from Hopper on."""
-    if OVERLAPS and x.is_cuda and _capability(x.device) >= (9, 0):
-        return {"OVERLAPS": True, "launch_pdl": True}
-    return {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps(x) else {"OVERLAPS": False}
+
+
+def overlaps(x: torch.Tensor) -> bool:
+    """Whether kernels can be launched ahead of each other's end."""
+    return OVERLAPS and x.is_cuda and _capability(x.device) >= (9, 0)
 
 
 @functools.cache

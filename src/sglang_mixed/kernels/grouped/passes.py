@@ -141,6 +141,10 @@ def down(
     found = multiply(x, rows, is_pair, line, line, outputs, INTERMEDIATE, HIDDEN, CODECS, DOT)
     if HAS_BIAS:
         found += read_bias(line, outputs, is_output, x.dtype.element_ty)[None, :]
+    # Read once more: through all steps they would take registers.
+    own = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M), volatile=True)
+    is_pair = own >= 0
+    rows = tl.where(is_pair, own, 0).to(tl.int64)
     found *= tl.load(weights + rows, is_pair, 0.0).to(tl.float32)[:, None]
     tl.store(output + rows[:, None] * HIDDEN + outputs[None, :], found, is_pair[:, None] & is_output[None, :])
 

@@ -120,18 +120,12 @@ def _sums(
     """Sums over some steps, one at a time, and those of the inputs; scaled where the weight has groups.
 
     Of values in slices none changes its thread between memory and product, and a step may be of several groups. With
-    many rows their product is taken in two halves: values of both at once would run out of registers.
+    many rows their product is taken in pieces, 4 bits in two and bytes in four: all at once would run out of registers.
     """
     HAS_FEW_ROWS: tl.constexpr = rows.shape[0] <= FEW_ROWS
     GROUPS: tl.constexpr = max(1, codec.step // codec.group)
-    HALVES: tl.constexpr = (
-        4
-        if codec.is_sliced and codec.kind == FP8 and not HAS_FEW_ROWS
-        else 2
-        if codec.is_sliced and GROUPS == 1 and not HAS_FEW_ROWS
-        else 1
-    )
-    COLUMNS: tl.constexpr = codec.step // (GROUPS * HALVES)
+    PIECES: tl.constexpr = codec.bits // 2 if codec.is_sliced and GROUPS == 1 and not HAS_FEW_ROWS else 1
+    COLUMNS: tl.constexpr = codec.step // (GROUPS * PIECES)
     SLICES: tl.constexpr = COLUMNS // codec.slice_columns if codec.is_sliced else 0
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
     IS_SMALL: tl.constexpr = rows.shape[0] <= TURNED_ROWS and weight_rows.shape[0] <= TURNED_OUTPUTS
@@ -154,11 +148,11 @@ def _sums(
                 following = tl.minimum(step + 1, STEPS - 1)
                 scale = read_scale(lines, _group(line, following, codec), weight_rows, is_output, codec)
             product = nothing
-            for half in tl.static_range(HALVES):
-                stored = step * codec.step + (number * HALVES + half) * COLUMNS + tl.arange(0, COLUMNS)
+            for piece in tl.static_range(PIECES):
+                stored = step * codec.step + (number * PIECES + piece) * COLUMNS + tl.arange(0, COLUMNS)
                 inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
                 if codec.is_sliced:
-                    values = join_fields(fields, (number * HALVES + half) * SLICES, SLICES)
+                    values = join_fields(fields, (number * PIECES + piece) * SLICES, SLICES)
                 else:
                     values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
                 if codec.group != ALL:
