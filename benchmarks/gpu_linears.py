@@ -1,10 +1,11 @@
-"""GPTQ-Int4 attention on a GPU: our Triton kernel ÷ SGLang's Marlin, for q/k/v as one matrix and for o.
+"""Linears on a GPU: our Triton kernel ÷ SGLang's, GPTQ-Int4 q/k/v as one matrix and o, and BF16 routers.
 
     python benchmarks/gpu_linears.py
 
-The widths are Qwen3-30B-A3B's and Qwen3-32B's. Layers run as they are served, replayed from CUDA graphs in turns, more
-of them than the cache holds; a copy stands ahead of each, as other kernels do in a model, whose time is taken off. BF16
-is PyTorch's. Prints one JSON object a measure, and exits with 1 if ours is slower.
+The widths are Qwen3-30B-A3B's and Qwen3-32B's; the router's are the former's. Layers run as they are served, replayed
+from CUDA graphs in turns, more of them than the cache holds (but for routers, which are small); a copy stands ahead of
+each, as other kernels do in a model, whose time is taken off. BF16 is PyTorch's. Prints one JSON object a measure, and
+exits with 1 if ours is slower.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from tests.engine.layers import fill  # noqa: E402
 
 from sglang_mixed import make_plan  # noqa: E402
 from sglang_mixed.engine.layers.decoded import TRITON  # noqa: E402
+from sglang_mixed.engine.layers.plain_linear import FEW_ROWS, PlainLinear  # noqa: E402
 from sglang_mixed.engine.layers.split_linear import SplitLinear  # noqa: E402
 from sglang_mixed.plan import RankPlan  # noqa: E402
 
@@ -52,6 +54,8 @@ MODELS = {
 }
 LAYERS = {"q/k/v": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",)}
 KERNELS = {"Marlin": "needed", "ours": "faster"}
+#: Outputs, columns and number of routers.
+ROUTERS = 128, 2048, 48
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -68,6 +72,20 @@ def product(plan: RankPlan, layer: int, names: tuple[str, ...]) -> Product:
     fill(plan, build)
     method.process_weights_after_loading(module)
     return lambda x: method.apply(module, x)
+
+
+def routers(wish: str) -> list[Product]:
+    """Those of a model's layers, as they are served."""
+    os.environ[TRITON] = wish
+    (outputs, columns, number), found = ROUTERS, []
+    for _ in range(number):
+        method, module = PlainLinear(), torch.nn.Module()
+        with torch.device("cuda"):
+            method.create_weights(module, columns, [outputs], columns, outputs, torch.bfloat16)
+        module.weight.data.normal_()
+        method.process_weights_after_loading(module)
+        found.append(lambda x, method=method, module=module: method.apply(module, x))
+    return found
 
 
 def captured(run: list[Product], x: torch.Tensor, held: torch.Tensor) -> Callable[[], None]:
@@ -93,6 +111,21 @@ def microseconds(replays: dict[str, Callable[[], None]], number: int) -> dict[st
     return {key: time - medians["copy"] for key, time in medians.items() if key != "copy"}
 
 
+def compared(name: str, runs: dict[str, list[Product]], columns: int, row_counts: Sequence[int], baseline: str) -> bool:
+    """Whether ours is no slower than the baseline at any number of rows."""
+    ok, number = True, len(runs["ours"])
+    runs = {**runs, "copy": [lambda x: x] * number}
+    for rows in row_counts:
+        x = torch.randn(rows, columns, device="cuda").bfloat16()
+        held = torch.empty_like(x)
+        times = microseconds({key: captured(run, x, held) for key, run in runs.items()}, number)
+        told = {key: round(time, 2) for key, time in times.items()}
+        print(json.dumps({"layer": name, "rows": rows, **told}), flush=True)
+        ratio = times["ours"] / times[baseline]
+        ok &= report(f"{name}, {rows} rows", ratio, "x", f"{baseline}, {times[baseline]:.1f} us", BAR)
+    return ok
+
+
 def main() -> int:
     from sglang.srt.server_args import ServerArgs
 
@@ -115,16 +148,10 @@ def main() -> int:
                 shape = (runs["ours"][0](torch.zeros(1, first[1], device="cuda").bfloat16()).shape[1], first[1])
                 weights = [torch.randn(shape, device="cuda").bfloat16() for _ in range(number)]
                 runs["BF16"] = [lambda x, one=one: torch.nn.functional.linear(x, one) for one in weights]  # type: ignore[misc]
-                runs["copy"] = [lambda x: x] * number
-                for rows in ROWS:
-                    x = torch.randn(rows, shape[1], device="cuda").bfloat16()
-                    held = torch.empty_like(x)
-                    times = microseconds({key: captured(run, x, held) for key, run in runs.items()}, number)
-                    told = {key: round(time, 2) for key, time in times.items()}
-                    print(json.dumps({"layer": f"{kind} of {model}", "rows": rows, **told}), flush=True)
-                    baseline = f"Marlin, {times['Marlin']:.1f} us"
-                    ratio = times["ours"] / times["Marlin"]
-                    ok &= report(f"{kind} of {model}, {rows} rows", ratio, "x", baseline, BAR)
+                ok &= compared(f"{kind} of {model}", runs, shape[1], ROWS, "Marlin")
+        runs = {"cuBLAS": routers("needed"), "ours": routers("faster")}
+        rows = [rows for rows in ROWS if rows <= FEW_ROWS]
+        ok &= compared("router of Qwen3-30B-A3B", runs, ROUTERS[1], rows, "cuBLAS")
     torch.distributed.destroy_process_group()
     return 0 if ok else 1
 

@@ -65,6 +65,7 @@ def test_sglangs_defaults_go_with_a_map() -> None:
         ("--speculative-draft-model-path somewhere", "serve the checkpoint without a map"),
         ("--enable-lora", "leave --enable-lora out"),
         ("--kt-weight-path somewhere", "leave --kt-weight-path out"),
+        ("--enable-deterministic-inference", "leave --enable-deterministic-inference out"),
         ("--cpu-offload-gb 4", "leave --cpu-offload-gb out"),
         ("--enable-torch-compile", "leave --enable-torch-compile out"),
         ("--weight-loader-disable-mmap", "leave --weight-loader-disable-mmap out"),

@@ -91,6 +91,11 @@ UNSUPPORTED = (
         {"speculative_algorithm": ("NGRAM",), **_none("speculative_draft_model_path")},
     ),
     Flags(
+        "the order in which kernels of compressed weights add up depends on how many tokens they are given at once",
+        "leave {flag} out",
+        _none("enable_deterministic_inference"),
+    ),
+    Flags(
         "compressed weights lie in their kernels' layout, which nothing else can read, move or compile",
         "leave {flag} out",
         {
