@@ -18,7 +18,15 @@ EXPERTS = ROOT / "examples" / "tiny" / "experts.yaml"
 OURS = ROOT / "src" / "sglang_mixed" / "engine" / "arguments.py"
 #: Flags of SGLang, pip and uv.
 FOREIGN = {
-    *("--model-path", "--quantization", "--load-format", "--enable-torch-compile", "--context-length", "--dtype"),
+    *(
+        "--model-path",
+        "--quantization",
+        "--load-format",
+        "--enable-torch-compile",
+        "--enable-deterministic-inference",
+        "--context-length",
+        "--dtype",
+    ),
     *("--max-running-requests", "--device", "--host", "--port", "--tokenizer-worker-num", "--no-deps", "--excludes"),
     *("--tp-size", "--ep-size", "--dp-size", "--build-arg", "--gpus", "--ipc"),
 }

@@ -114,6 +114,16 @@ def _plane(lines, step, rows, is_output, codec: tl.constexpr, NUMBER: tl.constex
 
 
 @triton.jit
+def read_slices(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+    """Every field [slice, rows] of a step's words, each a slice of the weight in `DOT`, before scales."""
+    if codec.kind == FP8:
+        found = _octets(lines, step, rows, is_output, codec, DOT)
+    else:
+        found = _fields(lines, step, rows, is_output, codec, DOT)
+    return found
+
+
+@triton.jit
 def _sliced_words(lines, step, rows, is_output, codec: tl.constexpr):
     """int32 [slice, rows]: a step's words."""
     WORDS: tl.constexpr = codec.slice_columns
@@ -123,8 +133,8 @@ def _sliced_words(lines, step, rows, is_output, codec: tl.constexpr):
 
 
 @triton.jit
-def read_octets(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
-    """The 4 fields of a step's words, as `read_fields` does it for codes of e4m3."""
+def _octets(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+    """The 4 fields of a step's words, e4m3 codes."""
     words = _sliced_words(lines, step, rows, is_output, codec)
     if DOT.is_bf16():
         return tl.inline_asm_elementwise(
@@ -145,8 +155,8 @@ def read_octets(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.const
 
 
 @triton.jit
-def read_fields(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
-    """The 8 fields [slice, rows] of a step's words, each a slice of the weight in `DOT`, before scales."""
+def _fields(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.constexpr):
+    """The 8 fields of a step's words, of 4 bits each."""
     words = _sliced_words(lines, step, rows, is_output, codec)
     # Types are spelled out: Triton takes no others.
     if codec.kind == CODES and DOT.is_bf16():
@@ -174,13 +184,13 @@ def read_fields(lines, step, rows, is_output, codec: tl.constexpr, DOT: tl.const
 
 
 @triton.jit
-def join_fields(fields, FIRST: tl.constexpr, NUMBER: tl.constexpr):
-    """[NUMBER * slice, outputs] of as many fields [slice, outputs], one below the other."""
+def join_slices(slices, FIRST: tl.constexpr, NUMBER: tl.constexpr):
+    """[NUMBER * slice, outputs] of as many slices [slice, outputs], one below the other."""
     if NUMBER == 1:
-        found = fields[FIRST]
+        found = slices[FIRST]
     else:
-        above = join_fields(fields, FIRST, NUMBER // 2)
-        pairs = tl.join(above, join_fields(fields, FIRST + NUMBER // 2, NUMBER // 2))
+        above = join_slices(slices, FIRST, NUMBER // 2)
+        pairs = tl.join(above, join_slices(slices, FIRST + NUMBER // 2, NUMBER // 2))
         found = tl.reshape(tl.permute(pairs, 2, 0, 1), (2 * above.shape[0], above.shape[1]))
     return found
 

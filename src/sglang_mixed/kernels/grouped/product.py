@@ -13,14 +13,12 @@ from .decode import (
     CODEC,
     E2M1,
     FACTOR,
-    FP8,
     GROUPS,
     ORDER,
-    join_fields,
+    join_slices,
     pointer_of,
-    read_fields,
-    read_octets,
     read_scale,
+    read_slices,
     read_values,
     read_zero,
 )
@@ -126,21 +124,18 @@ def _sums(
     GROUPS: tl.constexpr = max(1, codec.step // codec.group)
     PIECES: tl.constexpr = codec.bits // 2 if codec.is_sliced and GROUPS == 1 and not HAS_FEW_ROWS else 1
     COLUMNS: tl.constexpr = codec.step // (GROUPS * PIECES)
-    SLICES: tl.constexpr = COLUMNS // codec.slice_columns if codec.is_sliced else 0
+    SLICES: tl.constexpr = COLUMNS // codec.slice_columns
     AHEAD: tl.constexpr = HAS_FEW_ROWS and GROUPS == 1
     IS_SMALL: tl.constexpr = rows.shape[0] <= TURNED_ROWS and weight_rows.shape[0] <= TURNED_OUTPUTS
     TURNS: tl.constexpr = codec.is_sliced or IS_SMALL
     STEPS: tl.constexpr = codec.width // codec.step
     nothing = _zeros(rows, weight_rows, TURNS)
-    sums = nothing
-    input_sums = tl.zeros(rows.shape, tl.float32)
+    sums, input_sums = nothing, tl.zeros(rows.shape, tl.float32)
     if codec.group != ALL and AHEAD:
         scale = read_scale(lines, _group(line, tl.minimum(first, STEPS - 1), codec), weight_rows, is_output, codec)
     for step in range(first, last):
-        if codec.is_sliced and codec.kind == FP8:
-            fields = read_octets(lines, step, weight_rows, is_output, codec, DOT)
-        elif codec.is_sliced:
-            fields = read_fields(lines, step, weight_rows, is_output, codec, DOT)
+        if codec.is_sliced:
+            slices = read_slices(lines, step, weight_rows, is_output, codec, DOT)
         for number in tl.static_range(GROUPS):
             group = _group(line, step, codec) + number
             if codec.group != ALL and AHEAD:
@@ -152,7 +147,7 @@ def _sums(
                 stored = step * codec.step + (number * PIECES + piece) * COLUMNS + tl.arange(0, COLUMNS)
                 inputs = _inputs(x, rows, is_row, line, stored, X_COLUMNS, codec).to(DOT)
                 if codec.is_sliced:
-                    values = join_fields(fields, (number * PIECES + piece) * SLICES, SLICES)
+                    values = join_slices(slices, (number * PIECES + piece) * SLICES, SLICES)
                 else:
                     values = tl.trans(read_values(x, lines, step, weight_rows, is_output, codec, DOT))
                 if codec.group != ALL:
