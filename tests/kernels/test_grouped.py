@@ -52,6 +52,7 @@ def alone(run: Run) -> dict[str, dict[str, Future[tuple[float, float]]]]:
             "few": run("linear", name, odd_shape(name), 3),
             "part": run("linear", name, (96, 160), 64, share),
             "whole steps": run("linear", name, (32, 256), 64),
+            "part of whole steps": run("linear", name, (96, 256), 20, share),
             "few in whole steps": run("linear", name, (32, 256), 3),
             "few in parts": run("linear", name, odd_shape(name), 3, parts=3),
             "part in parts": run("linear", name, (96, 160), 16, share, parts=4),
@@ -76,7 +77,7 @@ def assert_close(worst: float, whole: float, bound: float = WHOLE) -> None:
     assert worst <= WORST_COLUMN and whole <= bound, f"normalized squared error {worst:.1e}, of the whole {whole:.1e}"
 
 
-CASES = ["many", "few", "part", "whole steps", "few in whole steps"]
+CASES = ["many", "few", "part", "whole steps", "part of whole steps", "few in whole steps"]
 
 
 @pytest.mark.parametrize("case", [*CASES, "few in parts", "part in parts", "whole steps in parts"])
@@ -86,9 +87,12 @@ def test_a_weight_of_any_format_multiplies_as_its_reference(alone: Any, name: st
     assert_close(0 if case.startswith("few") or case.endswith("parts") else worst, whole)
 
 
+@pytest.mark.parametrize("columns", [160, 256])
 @pytest.mark.parametrize("name", FORMATS)
-def test_weights_that_are_arranged_together_are_what_each_alone_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = [cases.of_one_size(FORMATS[name](cases.generator(name, seed), 32, 160)) for seed in range(3)]
+def test_weights_that_are_arranged_together_are_what_each_alone_is(
+    name: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = [cases.of_one_size(FORMATS[name](cases.generator(name, seed), 32, columns)) for seed in range(3)]
     module_format = detect("weight", packed[0].infos, packed[0].config)
     assert module_format is not None
 
@@ -97,7 +101,7 @@ def test_weights_that_are_arranged_together_are_what_each_alone_is(name: str, mo
         return arrange(stacked, module_format).tensors
 
     together = arranged()
-    monkeypatch.setattr("sglang_mixed.kernels.grouped.arrange.VALUES_AT_ONCE", 2 * 32 * 160)
+    monkeypatch.setattr("sglang_mixed.kernels.grouped.arrange.VALUES_AT_ONCE", 2 * 32 * columns)
     assert all(same_bytes(tensor, together[local]) for local, tensor in arranged().items())
     for number, one in enumerate(packed):
         alone = arrange({local: tensor[None] for local, tensor in one.tensors.items()}, module_format).tensors
