@@ -44,6 +44,8 @@ from sglang_mixed.kernels.grouped.table import Weight
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 768, 8
 #: What is launched for columns in parts, and for weights of 8, 16 and more rows; linears of 32 rows have tiles too.
 TOKENS = 1, 16, 32, 2048
+#: And for routers.
+ROUTER_ROWS, ROUTER_OUTPUTS = (1, 16, 64), 128
 GPTQ4 = GPTQParameters(4, 128, True, False, False, 1, "F16")
 #: Name -> a format's name and parameters; of each way in which the kernels read a weight at least one.
 FORMATS: dict[str, tuple[str, Any]] = {
@@ -156,10 +158,10 @@ def compile_experts(names: tuple[str, ...], tokens: int) -> list[tuple[str, int,
     return found
 
 
-def compile_linear(name: str, rows: int) -> list[tuple[str, int, Any]]:
+def compile_linear(name: str, rows: int, outputs: int = INTERMEDIATE) -> list[tuple[str, int, Any]]:
     """A linear layer, for as many rows."""
     with compiling() as found:
-        layer = linear.DecodedLinear(weight(name, INTERMEDIATE, HIDDEN), INTERMEDIATE, HIDDEN)
+        layer = linear.DecodedLinear(weight(name, outputs, HIDDEN), outputs, HIDDEN)
         layer.run(torch.zeros(rows, HIDDEN, dtype=torch.bfloat16))
     return found
 
@@ -206,6 +208,8 @@ def compile_all(only: list[str]) -> Iterator[tuple[str, str, int, Any]]:
         for tokens in TOKENS if not only or name in only else ():
             found = compile_experts(formats, tokens) + (compile_linear(name, tokens) if name in alone else [])
             yield from ((name, *one) for one in found)
+    for rows in ROUTER_ROWS if not only or "BF16" in only else ():
+        yield from (("BF16 router", *one) for one in compile_linear("BF16", rows, ROUTER_OUTPUTS))
 
 
 def table(found: list[Mapping[str, Any]]) -> str:

@@ -36,7 +36,8 @@ the processor adds int8 products exactly (VNNI or AMX). "Reference" is the forma
 slow. Small matrices, and shapes that no fast kernel takes, use it too. Activations stay in 16 bits on a CPU. On a GPU
 "SGLang" names its own method, which quantizes activations for FP8 and INT8; "our Triton kernel" decodes into tensor
 cores and leaves activations in 16 bits. The experts of a layer that mixes formats run on it together, whatever the
-lines below say: one launch was faster than one a format in every size measured. "Hopper" is what it was measured on.
+lines below say: one launch was faster than one a format in every size measured. "Hopper" is what it was measured on;
+there 16-bit routers run on it too, for up to 64 tokens.
 `SGLANG_MIXED_TRITON=mixed` leaves weights of uniform layers to SGLang where it has kernels, `needed` those of layers
 that mix as well; `all` takes everything but 16-bit layers. The lines about GPUs are what the code chooses;
 [what ran](performance.md) is another matter.

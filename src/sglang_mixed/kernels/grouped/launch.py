@@ -128,7 +128,8 @@ def most_sums(hidden: int, intermediate: int) -> int:
 
 def cut_linear(rows: int, columns: int, outputs: int, takes_registers: bool) -> Cut:
     """The cut of a product of rows and a weight [outputs, columns]: into no more programs than keep a GPU busy."""
-    known = LINEAR_OF_FEW_OUTPUTS if outputs <= FEW_OUTPUTS and rows <= max(LINEAR_OF_FEW_OUTPUTS) else LINEAR
+    are_few = outputs <= FEW_OUTPUTS and rows <= max(LINEAR_OF_FEW_OUTPUTS) and not takes_registers
+    known = LINEAR_OF_FEW_OUTPUTS if are_few else LINEAR
     linear = next((own for most, own in known.items() if rows <= most), LINEAR_OF_MORE_ROWS)
     programs = ceil_div(outputs, linear.tiles.outputs) * ceil_div(rows, linear.tiles.rows)
     steps = ceil_div(columns, LARGEST_STEP)
