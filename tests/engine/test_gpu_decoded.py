@@ -206,6 +206,13 @@ def test_sglang_s_kernels_give_way_where_ours_was_measured_to_be_faster(
     assert bool(decoded.why_wished([module.format])) == is_ours
 
 
+def test_an_amd_gpu_of_generation_9_is_not_taken_for_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 4))
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    assert not decoded.is_measured_gpu()
+
+
 def test_a_wish_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(decoded.TRITON, "yes")
     with pytest.raises(EngineError, match="one of faster, mixed, needed, all"):

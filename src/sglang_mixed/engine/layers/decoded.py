@@ -178,8 +178,9 @@ def is_faster(module_format: ModuleFormat) -> bool:
 
 
 def is_measured_gpu() -> bool:
-    """Whether this GPU is like the one on which kernels were compared."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == MEASURED_ON
+    """Whether this GPU is like the one on which kernels were compared. (AMD's count their generations too.)"""
+    is_nvidia = torch.cuda.is_available() and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability()[0] == MEASURED_ON
 
 
 def is_like_those_measured(module_format: ModuleFormat) -> bool:
