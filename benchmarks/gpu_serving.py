@@ -50,13 +50,14 @@ ENGINE: dict[str, Any] = {
 }
 #: name -> the checkpoint of stock SGLang; or a map's base, its rules, and what our kernels run (SGLANG_MIXED_TRITON).
 STOCK = {"stock BF16": "bf16", "stock FP8": "fp8"}
-MAPS: dict[str, tuple[str, dict[str, str], str]] = {
+MAPS: dict[str, tuple[str, dict[str, str], str | None]] = {
     "BF16 map": ("bf16", {}, "faster"),
     "FP8 map": ("fp8", {}, "faster"),
     "Int4 map": ("int4", {}, "needed"),
     "Int4 map, our kernels": ("int4", {}, "faster"),
     "hot FP8 experts": ("int4", {HOT_EXPERTS: "fp8"}, "faster"),
 }
+ENGINES = {name: (base, dict[str, str](), None) for name, base in STOCK.items()} | MAPS
 #: measure, numerator, denominator, bar, at which batches.
 RATIOS = [
     ("uniform BF16 map", "BF16 map", "stock BF16", 0.98, BATCHES),
@@ -146,7 +147,7 @@ def started(folder: Path, layers: int, groups: list[list[str]], instances: int) 
         sources = written(folder, layers, {kind for name in names for kind in kinds_of(name)})
         group = [key for key in keys if key[0] in names]
         for name, instance in group:
-            base, rules, wish = MAPS[name] if name in MAPS else (STOCK[name], {}, None)
+            base, rules, wish = ENGINES[name]
             arguments: dict[str, Any] = {"model_path": str(sources[base])}
             if name in MAPS:
                 path = write_map(folder / f"{name}.yaml", rules, **{kind: sources[kind] for kind in kinds_of(name)})
@@ -171,7 +172,7 @@ def started(folder: Path, layers: int, groups: list[list[str]], instances: int) 
 
 def kinds_of(name: str) -> list[str]:
     """The checkpoints that an engine reads."""
-    base, rules, _ = MAPS[name] if name in MAPS else (STOCK[name], {}, None)
+    base, rules, _ = ENGINES[name]
     return list(dict.fromkeys([base, *rules.values()]))
 
 
@@ -210,7 +211,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--instances", type=int, default=1, help="Of each engine.")
-    parser.add_argument("--only", nargs="*", default=[*STOCK, *MAPS], help="Names of engines.")
+    parser.add_argument("--only", nargs="*", default=[*ENGINES], help="Names of engines.")
     parser.add_argument("--in-turns", action="store_true", help="Start by base: memory for one base's files is enough.")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -219,7 +220,7 @@ def main() -> int:
         return 0
     os.environ.setdefault("SGLANG_ENABLE_JIT_DEEPGEMM", "0")  # it would compile for minutes
     with tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
-        bases = {name: kinds_of(name)[0] for name in arguments.only}
+        bases = {name: ENGINES[name][0] for name in arguments.only}
         groups = [[name for name in bases if bases[name] == base] for base in dict.fromkeys(bases.values())]
         groups = groups if arguments.in_turns else [list(bases)]
         engines = started(Path(temporary), arguments.layers, groups, arguments.instances)

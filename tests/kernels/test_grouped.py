@@ -192,8 +192,10 @@ def test_few_products_are_cut_into_parts_of_steps_and_many_are_not(columns: int)
     for pairs in (8, 32):
         for own in launch.cut_experts(columns, columns, pairs, takes_registers=False):
             assert 1 <= own.parts <= min(steps, launch.MOST_PARTS)
-    few, many = (launch.cut_linear(1, columns, outputs, takes_registers=False).parts for outputs in (64, 1 << 16))
-    assert min(steps, 8) <= few <= steps and many == 1
+    sizes = (16, launch.FEW_OUTPUTS + 1, 1 << 16)
+    fewest, few, many = (launch.cut_linear(1, columns, outputs, takes_registers=False).parts for outputs in sizes)
+    assert fewest == -(-steps // launch.LINEAR_OF_FEW_OUTPUTS[8].steps)
+    assert few == -(-steps // launch.LINEAR[8].steps) and many == 1
     assert launch.cut_linear(1 << 16, columns, 64, takes_registers=False).parts == 1
 
 

@@ -39,8 +39,12 @@ class PlainLinear(UnquantizedLinearMethod):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        is_few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == layer.weight.dtype
-        if self._small is not None and is_few and not torch.compiler.is_compiling():
+        if (
+            self._small is not None
+            and x.numel() <= FEW_ROWS * x.shape[-1]
+            and x.dtype == layer.weight.dtype
+            and not torch.compiler.is_compiling()
+        ):
             return self._small.run(x, bias)
         output: torch.Tensor = super().apply(layer, x, bias)
         return output

@@ -76,9 +76,6 @@ def _weights(files: Tensors, module_format: ModuleFormat, codec: Codec, order: t
 
 def words(values: torch.Tensor, codec: Codec) -> torch.Tensor:
     """uint8 [weights, rows, columns] -> int32 [weights, rows * width * bits / 32], plane by plane."""
-    if codec.bits == 8:
-        slices = values.view(len(values), codec.rows, -1, 32 // codec.bits, codec.slice_columns)
-        return slices.mT.contiguous().view(torch.int32).transpose(1, 2).flatten(1)
     values = torch.nn.functional.pad(values, (0, codec.width - values.shape[-1]))
     parts = []
     for bits, below in codec.planes:

@@ -81,11 +81,11 @@ class Codec:
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...]:
-        """The powers of two that a width below 8 is made of, each with the bits below it: 3 bits are 2 above 1.
+        """The powers of two that a width up to 8 is made of, each with the bits below it: 3 bits are 2 above 1.
 
         Each is stored by itself, so that no value straddles the end of a word.
         """
-        return tuple((part, self.bits & (part - 1)) for part in (4, 2, 1) if self.bits & part)
+        return tuple((part, self.bits & (part - 1)) for part in (8, 4, 2, 1) if self.bits & part)
 
     @property
     def row_groups(self) -> int:
